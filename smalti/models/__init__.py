@@ -1,0 +1,28 @@
+"""Backbones: `(latents, timesteps, class_labels) -> output`, bound only by that signature."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from smalti.models.base import Backbone, BackboneConfig
+from smalti.models.dit import DiT, DiTConfig
+
+
+class BackboneEntry(NamedTuple):
+    """A row of BACKBONES."""
+
+    config: type[BackboneConfig]
+    module: type[nn.Module]
+
+
+BACKBONES: dict[str, BackboneEntry] = {
+    DiTConfig.kind: BackboneEntry(DiTConfig, DiT),
+}
+
+
+def build_backbone(config: BackboneConfig) -> nn.Module:
+    """The network that a config stands for, freshly initialised from torch's global generator."""
+    return BACKBONES[config.kind].module(config)
+
+
+__all__ = ["BACKBONES", "Backbone", "BackboneConfig", "BackboneEntry", "DiT", "DiTConfig", "build_backbone"]

@@ -1,0 +1,57 @@
+"""What every backbone promises: a signature and a few shared settings, no shared code."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from smalti.config import Kinds
+from smalti.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(Kinds):
+    """Settings that all backbones share."""
+
+    sample_size: tuple[int, int] = (32, 32)  # rows and columns of the latents it is made for
+    in_channels: int = 4
+    num_classes: int = 1000  # 0 = unconditional
+    null_class: bool = True  # one more label row, which label dropout and guidance need
+    learned_variance: bool = True  # 2 C output channels: prediction, then variance fraction
+
+    @classmethod
+    def kinds(cls) -> dict[str, type]:
+        from smalti.models import BACKBONES  # here, because the table imports every member and each imports this file
+
+        return {kind: entry.config for kind, entry in BACKBONES.items()}
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learned_variance else 1)
+
+    def __post_init__(self) -> None:
+        rows, columns = self.sample_size
+        if min(rows, columns, self.in_channels) < 1 or self.num_classes < 0:
+            raise ConfigError(
+                f"sample_size {rows}x{columns}, in_channels {self.in_channels} and num_classes {self.num_classes}: "
+                "sizes must be at least 1 and num_classes at least 0"
+            )
+
+
+class Backbone(Protocol):
+    """A network that looks at noisy latents and says what it was asked to predict."""
+
+    config: BackboneConfig
+
+    def __call__(
+        self,
+        latents: Float[Tensor, "B C H W"],
+        timesteps: Float[Tensor, "B"] | Int[Tensor, "B"],
+        class_labels: Int[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B O H W"]: ...
+
+    def iter_blocks(self) -> Iterator[nn.Module]:
+        """The repeated parts, for whoever wraps, counts or compiles them one by one."""
+        ...

@@ -1,0 +1,1 @@
+"""Parts with parameters that two or more backbones use, and the mixers."""
