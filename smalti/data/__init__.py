@@ -1,0 +1,19 @@
+"""Images in, batches out: image sets, splits and sample order."""
+
+from smalti.data.batch import ImageBatch, load_batch, to_uint8, to_unit_range
+from smalti.data.image_set import ArrayImages, ImageSet
+from smalti.data.order import SampleOrder, Split, split
+from smalti.data.sets import load_image_set
+
+__all__ = [
+    "ArrayImages",
+    "ImageBatch",
+    "ImageSet",
+    "SampleOrder",
+    "Split",
+    "load_batch",
+    "load_image_set",
+    "split",
+    "to_uint8",
+    "to_unit_range",
+]

@@ -1,0 +1,89 @@
+"""What every image set can do, and the one kind that holds all its pixels in one array."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class ImageSet(Protocol):
+    """Images of one size, in a fixed order, with their classes and names."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it: `emoji32`, or the folder's own name."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Rows and columns in pixels."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class label; empty when the set has no classes."""
+
+    @property
+    def class_labels(self) -> np.ndarray:
+        """int64 (N,), positions in `class_names`; of length 0 when the set has no classes."""
+
+    @property
+    def item_names(self) -> tuple[str, ...]:
+        """One name per image, for people."""
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """One name per image; images that share it (skin tones, styles, twins) always stay together in a split."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over names, labels, sizes and contents; equal for equal data on any machine."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3) RGB of one image; not to be written to."""
+
+    def read_batch(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 (B, H, W, 3) RGB of several images, in the order asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """An `ImageSet` whose pixels are one array, in memory or mapped from a file."""
+
+    name: str
+    class_names: tuple[str, ...]
+    class_labels: np.ndarray
+    item_names: tuple[str, ...]
+    split_names: tuple[str, ...]
+    fingerprint: str
+    images: np.ndarray
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return int(self.images.shape[1]), int(self.images.shape[2])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def read_batch(self, indices: Sequence[int]) -> np.ndarray:
+        return self.images[np.asarray(indices, dtype=np.int64)]
+
+
+def fingerprint_of(
+    item_names: Iterable[str], class_labels: np.ndarray, contents: Iterable[str], image_size: Sequence[int]
+) -> str:
+    """SHA-256 in hex that changes when a name, a label, the content of an image or the image size changes.
+
+    Args:
+        contents: digests of the images, or of all of them at once.
+    """
+    parts = [list(item_names), class_labels.tolist(), list(contents), [int(n) for n in image_size]]
+    # surrogateescape is how Python spells file names that are not UTF-8; JSON escapes them, so any name hashes.
+    return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()

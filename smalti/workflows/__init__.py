@@ -1,0 +1,1 @@
+"""One function per verb, over everything below. The command line only translates flags into these calls."""
