@@ -46,7 +46,7 @@ class StorageError(SmaltiError, OSError):
     exit_code = 74
 
 
-class Preempted(SmaltiError):
+class PreemptedError(SmaltiError):
     """The run was asked to stop, saved itself at a step boundary, and continues when it is started again."""
 
     exit_code = 75

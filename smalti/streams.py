@@ -61,7 +61,10 @@ def permute(position: int, size: int, permutation_key: int) -> int:
     while True:
         left, right = position >> half_bits, position & half_mask
         for round_index in range(4):
-            left, right = right, left ^ (splitmix64(permutation_key ^ splitmix64((round_index << 60) | right)) & half_mask)
+            left, right = (
+                right,
+                left ^ (splitmix64(permutation_key ^ splitmix64((round_index << 60) | right)) & half_mask),
+            )
         position = (left << half_bits) | right
         if position < size:
             return position

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti.nn.embeddings import TimestepEmbedding
+from smalti.ops import attention
 
 ConditioningKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 
@@ -87,7 +88,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D"]) -> Float[Tensor, "B N D"]:
         heads = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # noqa: E731  (B, heads, N, D/heads)
         q, k, v = heads(self.query(self.norm(x))), heads(self.key(context)), heads(self.value(context))
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class NoContext(nn.Module):

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from smalti.config import Kinds
 from smalti.nn.mixers.attention import Attention, AttentionConfig
 from smalti.nn.mixers.base import MixerConfig
 
@@ -16,4 +15,4 @@ def build_mixer(config: MixerConfig, hidden_size: int) -> nn.Module:
     return MIXERS[config.kind][1](config, hidden_size)
 
 
-__all__ = ["MIXERS", "Attention", "AttentionConfig", "Kinds", "MixerConfig", "build_mixer"]
+__all__ = ["MIXERS", "Attention", "AttentionConfig", "MixerConfig", "build_mixer"]

@@ -1,0 +1,60 @@
+"""One rule to choose between a reference and its twins: the first twin that does not refuse, else the reference."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_forced: ContextVar[str] = ContextVar("forced_implementation", default="auto")
+
+
+@dataclass(frozen=True)
+class Op:
+    """A function with one meaning and several implementations.
+
+    Args:
+        reference: the definition; slow is fine.
+        fast: twins in order of preference.
+        refuses: "" when the named twin takes these inputs, else the reason why not.
+        example: `example(tokens, dtype, seed)` makes inputs for tests and benchmarks.
+    """
+
+    name: str
+    reference: Callable[..., Tensor]
+    fast: dict[str, Callable[..., Tensor]]
+    refuses: Callable[[str, tuple[Tensor, ...]], str]
+    example: Callable[..., tuple[Tensor, ...]]
+
+    def __call__(self, *args: Tensor, impl: str = "auto") -> Tensor:
+        """Run one implementation.
+
+        Args:
+            impl: "auto", "reference" or a twin's name; `force()` sets it for a whole stretch of code.
+
+        Raises:
+            ValueError: there is no such implementation, or it cannot take these inputs.
+        """
+        impl = _forced.get() if impl == "auto" else impl
+        if impl == "auto":
+            impl = next((name for name in self.fast if not self.refuses(name, args)), "reference")
+        if impl == "reference":
+            return self.reference(*args)
+        if impl not in self.fast:
+            raise ValueError(
+                f"op {self.name!r} has no implementation {impl!r}; choose from {['auto', 'reference', *self.fast]}"
+            )
+        if reason := self.refuses(impl, args):
+            raise ValueError(f"op {self.name!r}: {impl!r} cannot take these inputs: {reason}")
+        return self.fast[impl](*args)
+
+
+@contextmanager
+def force(impl: str) -> Iterator[None]:
+    """Make every op inside the `with` use one implementation, for a test or a comparison."""
+    token = _forced.set(impl)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
