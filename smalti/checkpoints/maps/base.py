@@ -1,0 +1,21 @@
+"""What a source of released weights is to us."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from smalti.checkpoints.keymap import KeyMap
+from smalti.models import BackboneConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """A row of MAPS."""
+
+    name: str  # owner/repository
+    kind: str  # of the backbone that its weights become
+    hyperparameters: Mapping[str, type]  # released names; all are needed
+    keys: KeyMap
+    config: Callable[[Mapping[str, Any], Mapping[str, Tensor]], BackboneConfig]  # from hyper-parameters and weights

@@ -1,0 +1,114 @@
+"""Released weights as a smalti model, and back."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smalti.checkpoints.maps import MAPS, Source
+from smalti.checkpoints.tensors import differences, shapes_of
+from smalti.config import did_you_mean
+from smalti.errors import CheckpointError, ConfigError
+from smalti.models import BackboneConfig, build_backbone
+
+
+def from_official(source: str, state_dict: Mapping[str, Tensor], **hyperparameters: Any) -> nn.Module:
+    """Build the network that released weights belong to, and load a copy of them.
+
+    The result is called `model(latents, timesteps, class_labels)`; it drops no labels, in either mode.
+
+    Args:
+        source: where the weights come from: a key of MAPS, such as "facebookresearch/DiT".
+        state_dict: tensors under their released names, in any floating dtype, which the model takes over.
+        hyperparameters: all of the source's, under their released names.
+
+    Raises:
+        ConfigError: an unknown source, or a hyper-parameter that is unknown, missing or of the wrong type.
+        CheckpointError: a tensor is missing, unexpected, of another shape, or not finite.
+    """
+    if source not in MAPS:
+        raise ConfigError(f"no released weights are known from {source!r}{did_you_mean(source, MAPS)}")
+    origin = MAPS[source]
+    values = _check_hyperparameters(origin, hyperparameters)
+    _check_plain(state_dict, source)
+    config = origin.config(values, state_dict)
+    with torch.device("meta"):
+        model = build_backbone(config)
+    theirs = _theirs(origin, model)
+    if table := differences({theirs[k]: tuple(t.shape) for k, t in model.state_dict().items()}, shapes_of(state_dict)):
+        raise CheckpointError(f"these weights are not those of {source} with these hyper-parameters: {table}")
+    bad = [k for k, t in state_dict.items() if t.device.type != "meta" and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CheckpointError(f"weights of {source}: {bad[0]} is not finite ({len(bad)} of {len(state_dict)} tensors)")
+    # One dtype for the whole network, the widest of the file: nothing is lost.
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in state_dict.values()))
+    ours = {name: state_dict[theirs[name]].detach().to(dtype, copy=True) for name in theirs}
+    model.load_state_dict(ours, assign=True)
+    return model.eval()
+
+
+def to_official(model: nn.Module, source: str | None = None) -> dict[str, Tensor]:
+    """A model's tensors under their released names; `from_official` turned round.
+
+    Args:
+        source: a key of MAPS; None = the only one for this kind of backbone.
+
+    Raises:
+        ConfigError: no source, or more than one, has this kind of backbone, or the released code has no name for one
+            of its parts.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, BackboneConfig):
+        raise ConfigError(f"{type(model).__name__} is no backbone of smalti: it has no released form")
+    fitting = [name for name, origin in MAPS.items() if origin.kind == config.kind and source in (None, name)]
+    if len(fitting) != 1:
+        raise ConfigError(
+            f"a {config.kind!r} backbone has {len(fitting)} released forms{f' from {source!r}' if source else ''}; "
+            f"choose from {', '.join(MAPS)}"
+        )
+    theirs = _theirs(MAPS[fitting[0]], model)
+    return {theirs[name]: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def _theirs(origin: Source, model: nn.Module) -> dict[str, str]:
+    theirs, unknown = origin.keys.to_theirs(model.state_dict())
+    if unknown:
+        raise ConfigError(f"{origin.name} has no name for {', '.join(unknown[:4])}: such a network was never released")
+    if idle := origin.keys.idle(theirs.values()):
+        raise ConfigError(f"{origin.name} has {', '.join(idle)}, which this network has not: it was never released")
+    return theirs
+
+
+def _check_hyperparameters(origin: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = origin.hyperparameters
+    for name in given:
+        if name not in wanted:
+            raise ConfigError(f"{origin.name}: unknown hyper-parameter {name!r}{did_you_mean(name, wanted)}")
+    if missing := [name for name in wanted if name not in given]:
+        raise ConfigError(f"{origin.name}: missing hyper-parameter {', '.join(missing)}")
+    values = {}
+    for name, kind in wanted.items():
+        value = given[name]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{origin.name}: hyper-parameter {name} is {value!r}, expected {kind.__name__}")
+        values[name] = value
+    return values
+
+
+def _check_plain(state_dict: Mapping[str, Tensor], source: str) -> None:
+    if not state_dict:
+        raise CheckpointError(f"the weights for {source} are empty")
+    odd = [name for name, value in state_dict.items() if not isinstance(value, Tensor) or not value.is_floating_point()]
+    if odd:
+        inside = [name for name in ("ema", "model", "state_dict") if isinstance(state_dict.get(name), Mapping)]
+        advice = f"pass its entry {inside[0]!r}" if inside else "expected names with floating-point tensors only"
+        raise CheckpointError(f"the weights for {source} have the entry {odd[0]!r}, which is no weight: {advice}")
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state_dict):
+            raise CheckpointError(
+                f"all names begin with {prefix!r}, left there by a training wrapper: remove it from the names"
+            )
