@@ -1,5 +1,6 @@
 """From an image set to the tensors that training sees, every choice a pure function of (seed, position)."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from smalti.data.folder import ChangedFileError
 from smalti.data.image_set import ImageSet
 from smalti.data.order import SampleOrder
 from smalti.streams import AUGMENT, key
@@ -20,7 +22,7 @@ class ImageBatch:
     Attributes:
         images: in [-1, 1].
         class_labels: `None` when the set has no classes.
-        indices: which images of the set these are.
+        indices: which images of the set these are; where a file changed under the run, its replacement.
         positions: places in the endless sequence of training samples; random numbers of a sample are keyed by them.
     """
 
@@ -40,22 +42,36 @@ def load_batch(
             mirrored in one epoch and not in the next. Wrong for pictures whose sides mean something: flags, letters.
 
     Raises:
-        DataError: a folder's files change or fail faster than they can be replaced; see `FolderImages.read`.
+        DataError: a folder's files change or fail faster than they can be replaced; see
+            `FolderImages.read`.
     """
     places = [order.at(position) for position in positions]
-    indices = [index for _, index in places]
-    pixels = image_set.read_batch(indices)
+    pixels = np.empty((len(places), *image_set.image_size, 3), dtype=np.uint8)
+    indices = [_read_or_replace(image_set, order, index, pixels[i]) for i, (_, index) in enumerate(places)]
     if flip:
-        mirrored = [bool(key(seed, AUGMENT, epoch, index) & 1) for epoch, index in places]
-        pixels = pixels.copy()
+        mirrored = [i for i, (epoch, index) in enumerate(places) if key(seed, AUGMENT, epoch, index) & 1]
         pixels[mirrored] = pixels[mirrored][:, :, ::-1]
     labels = torch.from_numpy(image_set.class_labels[indices]) if image_set.class_names else None
     return ImageBatch(
-        images=to_unit_range(torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))),
+        images=to_unit_range(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()),
         class_labels=labels,
         indices=torch.tensor(indices, dtype=torch.int64),
         positions=torch.tensor(list(positions), dtype=torch.int64),
     )
+
+
+def _read_or_replace(image_set: ImageSet, order: SampleOrder, index: int, out: np.ndarray) -> int:
+    """Read an image into `out`; if its file changed, read another of the same order instead. Returns which one."""
+    chosen = index
+    for attempt in itertools.count():
+        try:
+            out[:] = image_set.read(chosen)
+        except ChangedFileError:
+            # Ends: the set itself raises another error when this happens more than now and then.
+            chosen = order.replacement(index, attempt)
+        else:
+            return chosen
+    raise AssertionError("unreachable")
 
 
 def to_unit_range(images: UInt8[Tensor, "*B C H W"]) -> Float[Tensor, "*B C H W"]:

@@ -8,10 +8,13 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 50_000_000
+
+
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 
 
 class UnusableImageError(Exception):
@@ -35,6 +38,14 @@ class Decoded:
     notes: tuple[str, ...]
 
 
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file that starts like this is probably one of `FORMATS`; for files whose name does not say so.
+
+    BMP is left out: its mark is two letters that a text may start with.
+    """
+    return head.startswith(_MAGIC) and (not head.startswith(b"RIFF") or head[8:12] == b"WEBP")
+
+
 def decode(data: bytes) -> Decoded:
     """Decode one image file: frame 0, upright, 8-bit RGB, transparent parts white. ICC profiles are not applied.
 
@@ -49,7 +60,7 @@ def decode(data: bytes) -> Decoded:
             return _decode_opened(opened)
     except UnusableImageError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UnusableImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnusableImageError(f"more than {MAX_PIXELS // 1_000_000} million pixels") from error

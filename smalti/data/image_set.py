@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,10 +44,11 @@ class ImageSet(Protocol):
         """Number of images."""
 
     def read(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3) RGB of one image; not to be written to."""
+        """uint8 (H, W, 3) RGB of one image; not to be written to.
 
-    def read_batch(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 (B, H, W, 3) RGB of several images, in the order asked for."""
+        Raises:
+            ChangedFileError: the image is a file that was changed after the set was loaded.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +73,6 @@ class ArrayImages:
     def read(self, index: int) -> np.ndarray:
         return self.images[index]
 
-    def read_batch(self, indices: Sequence[int]) -> np.ndarray:
-        return self.images[np.asarray(indices, dtype=np.int64)]
-
 
 def fingerprint_of(
     item_names: Iterable[str], class_labels: np.ndarray, contents: Iterable[str], image_size: Sequence[int]
@@ -87,3 +85,19 @@ def fingerprint_of(
     parts = [list(item_names), class_labels.tolist(), list(contents), [int(n) for n in image_size]]
     # surrogateescape is how Python spells file names that are not UTF-8; JSON escapes them, so any name hashes.
     return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()
+
+
+def merge_twins(split_names: Sequence[str], contents: Sequence[Hashable]) -> list[str]:
+    """Give items of equal content one split name, and with them all items that had one of theirs."""
+    parent = {name: name for name in split_names}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    first: dict[Hashable, str] = {}
+    for name, content in zip(split_names, contents, strict=True):
+        parent[root(name)] = root(first.setdefault(content, name))
+    return [root(name) for name in split_names]

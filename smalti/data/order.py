@@ -1,6 +1,5 @@
 """Which image comes when, and which images training never sees: pure functions of a seed, with no state to save."""
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ class Split:
     validation: np.ndarray
 
 
-def split(image_set: ImageSet, validation_fraction: float, seed: int) -> Split:
+def split(image_set: ImageSet, validation_fraction: float, seed: int, *, allow_empty: bool = False) -> Split:
     """Set images aside by name, so that all images of one name (skin tones, styles, twins) fall on the same side.
 
     Names are ranked by a key of (seed, name) and the first ones go to validation. Each name's key depends on no other
@@ -28,10 +27,12 @@ def split(image_set: ImageSet, validation_fraction: float, seed: int) -> Split:
 
     Args:
         validation_fraction: of the names, in [0, 1); exactly `round(fraction * names)` names are set aside.
+        allow_empty: accept classes all of whose images are set aside.
 
     Raises:
         ConfigError: the fraction is outside [0, 1).
-        DataError: nothing is left to train on, or a fraction above 0 sets nothing aside.
+        DataError: nothing is left to train on, a fraction above 0 sets nothing aside, or a class has images for
+            validation only.
     """
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation fraction {validation_fraction} is outside [0, 1)")
@@ -45,7 +46,16 @@ def split(image_set: ImageSet, validation_fraction: float, seed: int) -> Split:
     ranked = sorted(names, key=lambda name: (key(seed, SPLIT, _name_id(name)), name))
     held_out = set(ranked[:count])
     is_held_out = np.fromiter((name in held_out for name in image_set.split_names), dtype=bool, count=len(image_set))
-    return Split(train=np.flatnonzero(~is_held_out), validation=np.flatnonzero(is_held_out))
+    train, validation = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    if image_set.class_names and not allow_empty:
+        unseen = sorted({*image_set.class_labels[validation]} - {*image_set.class_labels[train]})
+        if unseen:
+            shown = ", ".join(repr(image_set.class_names[label]) for label in unseen[:5])
+            raise DataError(
+                f"{image_set.name}: {len(unseen)} classes have no image left to train on ({shown}); add images to "
+                f"them, choose another validation fraction or split seed, or set allow_empty"
+            )
+    return Split(train=train, validation=validation)
 
 
 def _name_id(name: str) -> int:
@@ -98,7 +108,7 @@ class SampleOrder:
         """(epoch, index of the image) of the sample at a position, which is 0 or larger."""
         epoch, place = divmod(position, len(self._indices))
         if not self._classes:
-            return epoch, self._indices[permute(place, len(self._indices), self._epoch_key(epoch))]
+            return epoch, self._indices[permute(place, len(self._indices), key(self._seed, ORDER, epoch))]
         # Rounds of all classes, each round in its own order, so that any stretch of the sequence is nearly balanced.
         classes = len(self._classes)
         round_number, turn = divmod(position, classes)
@@ -108,6 +118,6 @@ class SampleOrder:
         class_pass, rank = divmod(round_number, len(members))
         return epoch, members[permute(rank, len(members), key(self._seed, ORDER, class_pass, label))]
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 (eight integers; keeping a short-lived order alive costs nothing)
-    def _epoch_key(self, epoch: int) -> int:
-        return key(self._seed, ORDER, epoch)
+    def replacement(self, index: int, attempt: int) -> int:
+        """An image to take the place of one that cannot be read: from the same order, so never from validation."""
+        return self._indices[key(self._seed, ORDER, -2, index, attempt) % len(self._indices)]

@@ -89,7 +89,7 @@ def load_packed(folder: Path) -> ArrayImages:
             f"{folder}: expected uint8 images ({len(rows)}, H, W, 3) as items.json lists, got {images.dtype} "
             f"{images.shape}; build or install it again"
         )
-    if packed.is_file() and hashlib.sha256(images.data).hexdigest() != table["images_sha256"]:
+    if hashlib.sha256(images.data).hexdigest() != table["images_sha256"]:
         raise DataError(f"{folder}: the images do not match the checksum in items.json; build or install it again")
     item_names, split_names, labels = (tuple(row[i] for row in rows) for i in range(3))
     class_labels = np.asarray(labels, dtype=np.int64)

@@ -1,14 +1,82 @@
 """`load_image_set`: from what a user writes (`emoji32`, a folder) to an image set."""
 
+import dataclasses
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from smalti.data.image_set import ImageSet
-from smalti.data.packed import load_packed
+import numpy as np
+from PIL import Image
 
-SHIPPED = Path(__file__).resolve().parent
+from smalti.config import did_you_mean
+from smalti.data.decoding import centre_crop
+from smalti.data.folder import load_folder
+from smalti.data.image_set import ArrayImages, ImageSet, fingerprint_of
+from smalti.data.packed import load_packed
+from smalti.errors import ConfigError, DataError
+
+BUILT_IN = ("emoji32", "emoji64")
+_SHIPPED = Path(__file__).resolve().parent / "emoji32"
+
+
+def cache_folder() -> Path:
+    """Where built sets are kept: `$XDG_CACHE_HOME/smalti`, else `~/.cache/smalti`. May not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smalti"
 
 
 def load_image_set(
-    spec: str | Path, image_size: int | tuple[int, int] | None = None, *, allow_empty: bool = False
+    spec: str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    allow_empty: bool = False,
+    skip_unreadable: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
-    return load_packed(SHIPPED / "emoji32")
+    """Load a set by name, or a folder of images after checking every file in it.
+
+    Args:
+        spec: `emoji32`; `emoji64`, after `smalti data build emoji64`; or a folder: images directly in it (no classes),
+            or one sub-folder per class, or a set built into a folder of your own. A folder that is called like a set
+            is meant by `./emoji32`.
+        image_size: side, or (rows, columns), in pixels; other images are scaled and centre-cropped. `None` keeps
+            the images as they are, which must then all have one size.
+        allow_empty: accept class folders without an image; their labels stay reserved.
+        skip_unreadable: leave out files that cannot be used, instead of refusing the folder.
+        progress: called with (files done, files found) while a folder is checked.
+
+    Raises:
+        ConfigError: the image size is not positive.
+        DataError: the set was not built, or the folder is missing, empty or holds files that cannot be used.
+    """
+    size = _size_of(image_size)
+    if spec == "emoji32":
+        return _resized(load_packed(_SHIPPED), size)
+    if spec == "emoji64":
+        built = cache_folder() / "emoji64"
+        if not built.is_dir():
+            raise DataError(f"emoji64 is not built yet ({built} does not exist); run `smalti data build emoji64`")
+        return _resized(load_packed(built), size)
+    folder = Path(spec)
+    if not folder.exists():
+        hint = "" if folder.parent != Path() else did_you_mean(str(spec), BUILT_IN)
+        raise DataError(f"{str(spec)!r} is neither an image set ({', '.join(BUILT_IN)}) nor an existing folder{hint}")
+    if (folder / "items.json").is_file() and any((folder / f).is_file() for f in ("images.npy", "images.npy.xz")):
+        return _resized(load_packed(folder), size)
+    return load_folder(folder, size, allow_empty=allow_empty, skip_unreadable=skip_unreadable, progress=progress)
+
+
+def _size_of(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(rows, columns) < 1:
+        raise ConfigError(f"image size {image_size} is not positive; give the rows and columns in pixels")
+    return rows, columns
+
+
+def _resized(images: ArrayImages, size: tuple[int, int] | None) -> ArrayImages:
+    if size is None or size == images.image_size:
+        return images
+    pixels = np.stack([np.asarray(centre_crop(Image.fromarray(image), size)) for image in images.images])
+    changed = fingerprint_of(images.item_names, images.class_labels, [images.fingerprint], size)
+    return dataclasses.replace(images, images=pixels, fingerprint=changed)

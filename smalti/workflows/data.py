@@ -1,4 +1,4 @@
-"""Building image sets from the emoji packages: `emoji32` (shipped) and `emoji64` (made on demand)."""
+"""Image sets made from the emoji packages (`emoji32`, shipped; `emoji64`, on demand), and a report on any folder."""
 
 import base64
 import hashlib
@@ -7,7 +7,8 @@ import json
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import numpy as np
 from PIL import Image
 
 from smalti.data.decoding import UnusableImageError, decode
-from smalti.data.packed import PackedItems
-from smalti.errors import DataError
+from smalti.data.folder import FolderIndex, index_folder
+from smalti.data.image_set import ImageSet, merge_twins
+from smalti.data.packed import PackedItems, pack_items
+from smalti.data.sets import BUILT_IN, cache_folder, load_image_set
+from smalti.errors import DataError, StorageError
 
 # In Unicode's own order. The package has a tenth, Component: five skin swatches, no pictures.
 CATEGORIES = (
@@ -31,6 +35,8 @@ CATEGORIES = (
     "Symbols",
     "Flags",
 )
+_STYLES = {"google": "noto", "twitter": "twemoji"}
+_SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 _MAX_IMAGE_BYTES, _MAX_TABLE_BYTES = 1 << 18, 1 << 23
 
 
@@ -108,11 +114,8 @@ def read_package(tarball: Path, package: EmojiPackage) -> list[Emoji]:
     Raises:
         DataError: the tarball is missing, is not the pinned version, or lacks a picture that its table lists.
     """
-    try:
-        data = tarball.read_bytes()
-    except OSError as error:
-        raise DataError(f"{tarball}: cannot be read ({error.strerror}); give the tarball of {package.name}") from error
-    found = base64.b64encode(hashlib.sha512(data).digest()).decode()
+    data = _read_tarball(tarball)
+    found = _integrity(data)
     if found != package.integrity:
         raise DataError(
             f"{tarball}: is not {package.name} {package.version}: its SHA-512 starts with {found[:16]}, expected "
@@ -122,6 +125,17 @@ def read_package(tarball: Path, package: EmojiPackage) -> list[Emoji]:
     files = _read_members(data, tarball, pictures)
     table = json.loads(files["package/emoji.json"])
     return list(_emoji_of(table, files, package, pictures))
+
+
+def _read_tarball(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a tarball made by `npm pack`") from error
+
+
+def _integrity(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha512(data).digest()).decode()
 
 
 def _read_members(data: bytes, tarball: Path, pictures: str) -> dict[str, bytes]:
@@ -168,23 +182,153 @@ def emoji32(tarball: Path, package: EmojiPackage = GOOGLE) -> tuple[PackedItems,
     images = np.stack([_pixels(e, 32) for e in chosen])
     names = [e.name for e in chosen]
     labels = [CATEGORIES.index(e.category) for e in chosen]
-    return PackedItems("emoji32", CATEGORIES, names, merge_twins(names, images), labels), images
+    return PackedItems(
+        "emoji32", CATEGORIES, names, merge_twins(names, [image.tobytes() for image in images]), labels
+    ), images
 
 
-def merge_twins(split_names: Sequence[str], images: np.ndarray) -> list[str]:
-    """Give images with equal pixels one split name, and with them all images that had one of theirs."""
-    parent = {name: name for name in split_names}
+def emoji64(google: Path, twitter: Path) -> tuple[PackedItems, np.ndarray]:
+    """The larger set: both styles with all skin tones, 64 x 64 on white, split by base code point."""
+    chosen = [(e, style) for path, style in ((google, GOOGLE), (twitter, TWITTER)) for e in read_package(path, style)]
+    images = np.stack([_pixels(e, 64) for e, _ in chosen])
+    names = [f"{_STYLES[package.style]}/{_full_name(e)}" for e, package in chosen]
+    bases = merge_twins([base_code_points(e.base) for e, _ in chosen], [image.tobytes() for image in images])
+    labels = [CATEGORIES.index(e.category) for e, _ in chosen]
+    return PackedItems("emoji64", CATEGORIES, names, bases, labels), images
 
-    def root(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
 
-    first: dict[bytes, str] = {}
-    for name, image in zip(split_names, images, strict=True):
-        twin = first.setdefault(image.tobytes(), name)
-        parent[root(name)] = root(twin)
-    return [root(name) for name in split_names]
+def base_code_points(code_points: str) -> str:
+    """What is left of an emoji's code points without gender sign, direction and variation selector.
+
+    `1F3C3`, `1F3C3-200D-2642-FE0F` and `1F3C3-200D-27A1-FE0F` are one runner, drawn with small changes or mirrored.
+    """
+    plain = [c for c in code_points.split("-") if c != "FE0F"]
+    while len(plain) > 2 and plain[-2] == "200D" and plain[-1] in ("2640", "2642", "27A1"):
+        plain = plain[:-2]
+    return "-".join(plain)
+
+
+def _full_name(emoji: Emoji) -> str:
+    return ", ".join([emoji.name, *(f"{_SKIN_TONES[tone]} skin" for tone in emoji.skin_tone.split("-") if tone)])
+
+
+def build_emoji64(
+    tarballs: Sequence[Path] = (), out: Path | None = None, report: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Make the set in the cache folder, where `load_image_set("emoji64")` looks, or elsewhere. Returns the folder.
+
+    The folder appears only when it is complete; an older one is replaced.
+
+    Args:
+        tarballs: of the two npm packages, in any order; none = download them with `npm pack` (130 MB).
+        report: called with one line about each step.
+
+    Raises:
+        DataError: a tarball is missing or not the pinned version, npm fails, or `out` exists and is not such a set.
+        StorageError: the set cannot be written.
+    """
+    out = out or cache_folder() / "emoji64"
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / "items.json").is_file():
+        raise DataError(f"{out}: exists and is not an image set that smalti built; choose another folder")
+    with tempfile.TemporaryDirectory(prefix="smalti-") as downloads:
+        found = _identify(tarballs) if tarballs else {}
+        for package in (GOOGLE, TWITTER):
+            if package not in found:
+                report(f"downloading {package.name} {package.version} with npm pack")
+                found[package] = fetch(package, Path(downloads))
+        report("reading the pictures")
+        items, images = emoji64(found[GOOGLE], found[TWITTER])
+    plain = io.BytesIO()
+    np.lib.format.write_array(plain, images, version=(1, 0), allow_pickle=False)
+    _replace_folder(
+        out,
+        {
+            "images.npy": plain.getvalue(),
+            "items.json": pack_items(items, images),
+            "CARD.md": emoji64_card(items).encode(),
+            "NOTICE": EMOJI64_NOTICE.encode(),
+        },
+    )
+    report(f"{len(images)} images in {out}")
+    return out
+
+
+def _identify(tarballs: Sequence[Path]) -> dict[EmojiPackage, Path]:
+    found = {}
+    for path in tarballs:
+        integrity = _integrity(_read_tarball(path))
+        known = [package for package in (GOOGLE, TWITTER) if package.integrity == integrity]
+        if not known:
+            raise DataError(
+                f"{path}: is neither {GOOGLE.name} nor {TWITTER.name} {GOOGLE.version} as npm publishes them; "
+                f"download it again with `npm pack {GOOGLE.name}@{GOOGLE.version}`"
+            )
+        found[known[0]] = path
+    missing = [package.name for package in (GOOGLE, TWITTER) if package not in found]
+    if missing:
+        raise DataError(f"no tarball of {missing[0]} was given; give both, or none to download them with npm")
+    return found
+
+
+def _replace_folder(out: Path, files: dict[str, bytes]) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the renames below stay on one file system.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            fresh, old = Path(scratch) / "new", Path(scratch) / "old"
+            fresh.mkdir()
+            for name, content in files.items():
+                (fresh / name).write_bytes(content)
+            if out.exists():
+                out.rename(old)
+            fresh.rename(out)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror}); free some space or choose --out") from error
+
+
+def emoji64_card(items: PackedItems) -> str:
+    """The data card, with the numbers of this very set."""
+    total = len(items.item_names)
+    counts = np.bincount(items.class_labels, minlength=len(items.class_names))
+    rows = "\n".join(
+        f"| {label} | {name} | {count} | {count / total:.1%} |"
+        for label, (name, count) in enumerate(zip(items.class_names, counts, strict=True))
+    )
+    largest = int(counts.argmax())
+    return f"""# emoji64
+
+{total} images, 64 x 64 RGB on white: every emoji of Unicode Emoji 16.0 with its skin tones, in two styles (Noto Emoji
+and Twemoji; an image's name starts with `noto/` or `twemoji/`), from the npm packages `{GOOGLE.name}` and
+`{TWITTER.name}` {GOOGLE.version}. Made by `smalti data build emoji64`. Licences: see `NOTICE`.
+
+| Label | Class | Images | Share |
+|--|--|--|--|
+{rows}
+
+**More than half ({counts[largest] / total:.1%}) are {items.class_names[largest]}**, because skin tones multiply them:
+an unconditional model draws mostly people. Class-balanced sampling draws every class equally often instead.
+
+**Split.** By base code point, never by file: all skin tones, both styles, gender and direction variants and pictures
+that are equal stay on one side. There are {len(set(items.split_names))} such groups.
+
+Flipping is wrong here: flags and letters have a side.
+"""
+
+
+EMOJI64_NOTICE = """emoji64
+=======
+
+Names and categories: emoji-datasource, copyright (c) 2013 Cal Henderson, MIT licence,
+https://github.com/iamcal/emoji-data
+
+Images named noto/...: Noto Emoji 2.048, copyright Google Inc. and the Noto Emoji contributors,
+https://github.com/googlefonts/noto-emoji, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0
+
+Images named twemoji/...: Twemoji 16.0.1, copyright Twitter, Inc and other contributors,
+https://github.com/jdecked/twemoji, CC-BY 4.0, https://creativecommons.org/licenses/by/4.0/
+
+Changes made: each picture was composited on white and stored together with the others in one array.
+"""
 
 
 def _pixels(emoji: Emoji, size: int) -> np.ndarray:
@@ -204,3 +348,52 @@ def tarball_or_fetch(package: EmojiPackage, tarball: Path | None) -> Iterator[Pa
         return
     with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
         yield fetch(package, Path(folder))
+
+
+def describe(spec: str, *, listed: int | None = 50, progress: Callable[[int, int], None] | None = None) -> str:
+    """What is in an image set or a folder, as text: images, sizes, classes, and each file that cannot be used.
+
+    Args:
+        listed: how many rejected files to name; `None` = all.
+
+    Raises:
+        DataError: the folder is missing, or laid out so that classes cannot be told.
+    """
+    folder = Path(spec)
+    if spec in BUILT_IN or (folder / "items.json").is_file():
+        return _describe_set(load_image_set(spec))
+    return describe_index(index_folder(folder, progress=progress), listed=listed)
+
+
+def _describe_set(images: ImageSet) -> str:
+    rows, columns = images.image_size
+    lines = [f"{images.name}: {len(images)} images, {rows} x {columns}, fingerprint {images.fingerprint[:16]}"]
+    return "\n".join(lines + _class_lines(images.class_names, images.class_labels))
+
+
+def describe_index(index: FolderIndex, *, listed: int | None = 50) -> str:
+    """The report of `describe` for an index."""
+    entries = index.entries
+    lines = [f"{index.root}: {len(entries)} images, {len(index.unusable)} unusable files"]
+    if entries:
+        sizes = sorted({e.image_size for e in entries})
+        span = " x ".join(map(str, sizes[0])) + (f" to {' x '.join(map(str, sizes[-1]))}" if len(sizes) > 1 else "")
+        kinds = Counter(f"{e.format} {e.mode}" for e in entries)
+        lines.append(f"sizes: {len(sizes)}, {span} (rows x columns)")
+        lines.append("formats: " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
+        copies = len(entries) - len({e.sha256 for e in entries})
+        lines += [f"exact copies: {copies} (a split keeps them together)"] if copies else []
+    lines += _class_lines(index.class_names, index.class_labels)
+    findings = [f"unusable {r.path!r}: {r.reason}" for r in index.unusable]
+    findings += [f"note {e.path!r}: {note}" for e in entries for note in e.notes]
+    findings += [f"left out {r.path!r}: {r.reason}" for r in index.rejected if r.other]
+    shown = findings if listed is None else findings[:listed]
+    return "\n".join(lines + shown + ([f"and {len(findings) - len(shown)} more"] if len(shown) < len(findings) else []))
+
+
+def _class_lines(class_names: Sequence[str], class_labels: np.ndarray) -> list[str]:
+    counts = np.bincount(class_labels, minlength=len(class_names)).tolist() if class_names else []
+    return [f"classes: {len(class_names) or 'none'}"] + [
+        f"  {label} {name!r}: {count} images" + ("" if count else "  <- empty")
+        for label, (name, count) in enumerate(zip(class_names, counts, strict=True))
+    ]

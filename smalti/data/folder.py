@@ -1,0 +1,391 @@
+"""A folder of images as an image set: one checked pass builds an index, and everything after reads only the index.
+
+Layout: either all images lie directly in the folder (no classes), or each lies somewhere below one sub-folder of it,
+whose name is its class. The pass opens and decodes every file, because most damage shows only then.
+"""
+
+import hashlib
+import os
+import stat
+import threading
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smalti.data.decoding import Decoded, UnusableImageError, centre_crop, decode, looks_like_image
+from smalti.data.image_set import fingerprint_of, merge_twins
+from smalti.errors import DataError
+
+CACHE_BYTES = 1 << 30
+_MAX_FILE_BYTES = 1 << 29
+# What promises to be an image, whether it can be decoded here or not. Other files count only if they start like one.
+_IMAGE_SUFFIXES = frozenset(
+    """.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .avif .heic .heif .jp2 .jxl .ico .psd .tga .eps
+    .svg .ppm .pgm .exr .hdr""".split()  # noqa: SIM905 (a list literal is one per line)
+)
+_SHOWN = 5
+
+
+class ChangedFileError(DataError):
+    """A file is no longer what the index says. Another image can take its place, as long as few files are affected."""
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One usable file.
+
+    Attributes:
+        path: below the root, with `/`; names that are not UTF-8 as `os.fsdecode` spells them.
+        size: bytes.
+        mtime_ns: time of the last change, in nanoseconds.
+        sha256: of the file's bytes, in hex.
+        mode: Pillow's name of the pixel format in the file.
+        image_size: rows and columns, upright.
+        class_label: position in the class names; -1 without classes.
+        notes: what was left out on decoding.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    format: str
+    mode: str
+    image_size: tuple[int, int]
+    class_label: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RejectedFile:
+    """A file or folder that cannot be used, and why. `other` marks what never claimed to be an image, like a text."""
+
+    path: str
+    reason: str
+    other: bool = False
+
+
+@dataclass(frozen=True)
+class FolderIndex:
+    """All that one pass over a folder found, in order of path."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    entries: tuple[IndexEntry, ...]
+    rejected: tuple[RejectedFile, ...]
+
+    @property
+    def unusable(self) -> tuple[RejectedFile, ...]:
+        """Rejected files that should have been images."""
+        return tuple(r for r in self.rejected if not r.other)
+
+    @property
+    def class_labels(self) -> np.ndarray:
+        """int64 (N,); of length 0 without classes."""
+        return np.asarray([e.class_label for e in self.entries] if self.class_names else [], dtype=np.int64)
+
+
+OnImage = Callable[[int, IndexEntry, Decoded], None]
+
+
+def index_folder(
+    root: Path, *, on_image: OnImage | None = None, progress: Callable[[int, int], None] | None = None
+) -> FolderIndex:
+    """Look at every file below `root` once.
+
+    Links that lead outside `root` are not followed, and no folder is entered twice. Names that start with a dot are
+    skipped.
+
+    Args:
+        on_image: called with the position in the index, the entry and the decoded image of each usable file.
+        progress: called with (files done, files found) after each file.
+
+    Raises:
+        DataError: `root` is missing or no folder, has images both directly in it and in sub-folders, or two class
+            names differ only by case.
+    """
+    if not root.exists():
+        raise DataError(f"{root}: no such folder; give a folder of images, or a set: emoji32, emoji64")
+    if not root.is_dir():
+        raise DataError(f"{root}: is a file; give the folder that contains the images")
+    rejected: list[RejectedFile] = []
+    found = sorted(_walk(root, rejected))
+    class_names = _class_names(root, found)
+    entries: list[IndexEntry] = []
+    for done, path in enumerate(found):
+        try:
+            entry, decoded = _look_at(root, path, class_names)
+        except UnusableImageError as error:
+            rejected.append(RejectedFile(path, str(error), other=not _should_be_image(root, path)))
+        else:
+            if on_image:
+                on_image(len(entries), entry, decoded)
+            entries.append(entry)
+        if progress:
+            progress(done + 1, len(found))
+    rejected.sort(key=lambda r: r.path)
+    in_root = [e.path for e in entries if "/" not in e.path]
+    if class_names and in_root:
+        raise DataError(
+            f"{root}: {len(in_root)} images lie beside the class folders, such as {in_root[0]!r}; "
+            f"move each into the folder of its class"
+        )
+    return FolderIndex(root, class_names, tuple(entries), tuple(rejected))
+
+
+def _walk(root: Path, rejected: list[RejectedFile]) -> Iterator[str]:
+    """Paths of all regular files below `root`."""
+    top = os.path.realpath(root)
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        here = os.path.join(root, folder)
+        try:
+            identity = os.stat(here)
+            if (identity.st_dev, identity.st_ino) in seen:
+                continue
+            seen.add((identity.st_dev, identity.st_ino))
+            children = list(os.scandir(here))
+        except OSError as error:
+            rejected.append(RejectedFile(folder or ".", f"folder cannot be read: {error.strerror}"))
+            continue
+        for child in children:
+            path = f"{folder}/{child.name}" if folder else child.name
+            if child.name.startswith("."):
+                continue
+            try:
+                is_link = child.is_symlink()
+                if is_link and os.path.commonpath([top, os.path.realpath(child.path)]) != top:
+                    rejected.append(RejectedFile(path, "link that leads outside the folder; copy what it points to"))
+                elif child.is_dir():
+                    # The target lies inside and is found at its own place; entering it here would name its class
+                    # after the link.
+                    if is_link:
+                        rejected.append(
+                            RejectedFile(path, "link to a folder that is read at its own place", other=True)
+                        )
+                    else:
+                        waiting.append(path)
+                elif child.is_file():
+                    yield path
+                else:
+                    reason = "link to nothing" if is_link else "neither a file nor a folder"
+                    rejected.append(RejectedFile(path, reason))
+            except OSError as error:
+                rejected.append(RejectedFile(path, f"cannot be read: {error.strerror}"))
+
+
+def _class_names(root: Path, found: Sequence[str]) -> tuple[str, ...]:
+    """Sub-folders of `root`, if any of them holds a file that should be an image."""
+    claimed = [path for path in found if Path(path).suffix.lower() in _IMAGE_SUFFIXES]
+    if not any("/" in path for path in claimed or found):
+        return ()
+    names = sorted(c.name for c in os.scandir(root) if c.is_dir(follow_symlinks=False) and not c.name.startswith("."))
+    spelled: dict[str, str] = {}
+    for name in names:
+        # A disk that ignores case would merge the two, and the labels would shift from one machine to the next.
+        twin = spelled.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if twin != name:
+            raise DataError(f"{root}: class folders {twin!r} and {name!r} differ only by case or accents; rename one")
+    return tuple(names)
+
+
+def _should_be_image(root: Path, path: str) -> bool:
+    if Path(path).suffix.lower() in _IMAGE_SUFFIXES:
+        return True
+    try:
+        with open(root / path, "rb") as f:
+            return looks_like_image(f.read(16))
+    except OSError:
+        return True
+
+
+def _look_at(root: Path, path: str, class_names: Sequence[str]) -> tuple[IndexEntry, Decoded]:
+    data, size, mtime_ns = _read_bytes(root, path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decoded = decode(data)
+    notes = decoded.notes + tuple(" ".join(str(w.message).split()) for w in caught)
+    # A file beside the class folders has no label; `index_folder` refuses such a layout when it has seen all of it.
+    label = class_names.index(path.split("/", 1)[0]) if class_names and "/" in path else -1
+    digest = hashlib.sha256(data).hexdigest()
+    image_size = (decoded.image.height, decoded.image.width)
+    return IndexEntry(path, size, mtime_ns, digest, decoded.format, decoded.mode, image_size, label, notes), decoded
+
+
+def _read_bytes(root: Path, path: str) -> tuple[bytes, int, int]:
+    """(content, size, mtime_ns); all three of the same open file."""
+    try:
+        # O_NONBLOCK: a file that became a pipe must not stop the reader for ever.
+        with open(
+            os.open(root / path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
+        ) as f:
+            status = os.fstat(f.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UnusableImageError("not a regular file")
+            if status.st_size > _MAX_FILE_BYTES:
+                raise UnusableImageError(f"{status.st_size} bytes; more than {_MAX_FILE_BYTES >> 20} MiB is refused")
+            return f.read(), status.st_size, status.st_mtime_ns
+    except OSError as error:
+        raise UnusableImageError(f"cannot be read: {error.strerror}") from error
+
+
+@dataclass
+class _Tally:
+    """How many reads failed since the set was loaded; shared by all threads that read."""
+
+    reads: int = 0
+    failures: int = 0
+    lock: Any = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, eq=False)
+class FolderImages:
+    """An `ImageSet` of files. Below `CACHE_BYTES` its pixels are held in memory and the files are not read again.
+
+    Attributes:
+        index: the pass that this set was made from.
+        cache: uint8 (H, W, 3) of each image, or `None` when the set is too large.
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+    class_labels: np.ndarray
+    item_names: tuple[str, ...]
+    split_names: tuple[str, ...]
+    fingerprint: str
+    index: FolderIndex
+    cache: tuple[np.ndarray, ...] | None
+    _tally: _Tally = field(default_factory=_Tally, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.item_names)
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3) RGB of one image.
+
+        Raises:
+            ChangedFileError: the file was changed or removed after the pass.
+            DataError: this happened to more than 0.1 % of all reads, and more than once.
+        """
+        if self.cache is not None:
+            return self.cache[index]
+        entry = self.index.entries[index]
+        with self._tally.lock:
+            self._tally.reads += 1
+        try:
+            data, size, mtime_ns = _read_bytes(self.index.root, entry.path)
+            if (size, mtime_ns) != (entry.size, entry.mtime_ns):
+                raise UnusableImageError("changed since it was checked")
+            return np.asarray(centre_crop(decode(data).image, self.image_size))
+        except UnusableImageError as error:
+            with self._tally.lock:
+                self._tally.failures += 1
+                reads, failures = self._tally.reads, self._tally.failures
+            what = f"{self.index.root}: {entry.path!r}: {error}"
+            if failures > max(1, reads / 1000):
+                raise DataError(
+                    f"{what}; {failures} of {reads} reads failed, more than 0.1 %: stopped; restore the files, or "
+                    f"start a new run on the changed folder"
+                ) from error
+            raise ChangedFileError(what) from error
+
+
+def load_folder(
+    root: Path,
+    image_size: tuple[int, int] | None,
+    *,
+    allow_empty: bool = False,
+    skip_unreadable: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> FolderImages:
+    """Check a folder of images and make a set of them; see `load_image_set` for the arguments.
+
+    Args:
+        cache_bytes: sets of at most this many bytes of pixels are held in memory.
+    """
+    pixels = _PixelCache(image_size, cache_bytes)
+    index = index_folder(root, on_image=pixels.add, progress=progress)
+    _refuse_unusable(index, skip_unreadable)
+    _refuse_empty(index, allow_empty)
+    size = image_size or _common_size(index)
+    names = tuple(e.path for e in index.entries)
+    digests = [e.sha256 for e in index.entries]
+    stems = [str(Path(name).with_suffix("")) for name in names]
+    return FolderImages(
+        name=root.resolve().name or str(root),
+        image_size=size,
+        class_names=index.class_names,
+        class_labels=index.class_labels,
+        item_names=names,
+        split_names=tuple(merge_twins(stems, digests)),
+        fingerprint=fingerprint_of(names, index.class_labels, digests, size),
+        index=index,
+        cache=pixels.images(),
+    )
+
+
+class _PixelCache:
+    """Collects cropped images during the pass, and gives up when they would exceed the limit."""
+
+    def __init__(self, image_size: tuple[int, int] | None, limit: int) -> None:
+        self._image_size, self._limit = image_size, limit
+        self._images: list[np.ndarray] = []
+        self._bytes, self._complete = 0, True
+
+    def add(self, position: int, entry: IndexEntry, decoded: Decoded) -> None:
+        if not self._complete:
+            return
+        size = self._image_size or entry.image_size
+        self._bytes += size[0] * size[1] * 3
+        # Images of several sizes cannot make an array; without a wanted size the set is refused after the pass.
+        if self._bytes > self._limit or (self._images and self._images[0].shape[:2] != size):
+            self._images, self._complete = [], False
+            return
+        self._images.append(np.asarray(centre_crop(decoded.image, size)))
+
+    def images(self) -> tuple[np.ndarray, ...] | None:
+        return tuple(self._images) if self._complete else None
+
+
+def _refuse_unusable(index: FolderIndex, skip_unreadable: bool) -> None:
+    bad = index.unusable
+    if not bad or (skip_unreadable and index.entries):
+        return
+    lines = [f"  {r.path!r}: {r.reason}" for r in bad[:_SHOWN]]
+    if len(bad) > _SHOWN:
+        lines.append(f"  and {len(bad) - _SHOWN} more; `smalti data check {index.root}` lists them all")
+    advice = "repair or remove them, or leave them out with skip_unreadable"
+    head = f"{index.root}: {len(bad)} of {len(bad) + len(index.entries)} files cannot be used; {advice}:"
+    raise DataError("\n".join([head, *lines]))
+
+
+def _refuse_empty(index: FolderIndex, allow_empty: bool) -> None:
+    if not index.entries:
+        others = f" ({len(index.rejected)} other files)" if index.rejected else ""
+        raise DataError(f"{index.root}: no image in this folder{others}; give a folder of images")
+    present = {e.class_label for e in index.entries}
+    empty = [name for label, name in enumerate(index.class_names) if label not in present]
+    if empty and not allow_empty:
+        shown = ", ".join(map(repr, empty[:_SHOWN])) + (
+            f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        )
+        raise DataError(f"{index.root}: no image in class folder {shown}; fill or remove it, or set allow_empty")
+
+
+def _common_size(index: FolderIndex) -> tuple[int, int]:
+    sizes = sorted({e.image_size for e in index.entries})
+    if len(sizes) > 1:
+        raise DataError(
+            f"{index.root}: the images have {len(sizes)} different sizes, from {sizes[0]} to {sizes[-1]} (rows, "
+            f"columns); set image_size"
+        )
+    return sizes[0]
