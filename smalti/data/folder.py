@@ -183,7 +183,7 @@ def _walk(root: Path, rejected: list[RejectedFile]) -> Iterator[str]:
 
 def _class_names(root: Path, found: Sequence[str]) -> tuple[str, ...]:
     """Sub-folders of `root`, if any of them holds a file that should be an image."""
-    claimed = [path for path in found if Path(path).suffix.lower() in _IMAGE_SUFFIXES]
+    claimed = [path for path in found if os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES]
     if not any("/" in path for path in claimed or found):
         return ()
     names = sorted(c.name for c in os.scandir(root) if c.is_dir(follow_symlinks=False) and not c.name.startswith("."))
@@ -197,7 +197,7 @@ def _class_names(root: Path, found: Sequence[str]) -> tuple[str, ...]:
 
 
 def _should_be_image(root: Path, path: str) -> bool:
-    if Path(path).suffix.lower() in _IMAGE_SUFFIXES:
+    if os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES:
         return True
     try:
         with open(root / path, "rb") as f:
@@ -224,7 +224,8 @@ def _read_bytes(root: Path, path: str) -> tuple[bytes, int, int]:
     try:
         # O_NONBLOCK: a file that became a pipe must not stop the reader for ever.
         with open(
-            os.open(root / path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
+            os.open(os.path.join(root, path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)),
+            "rb",
         ) as f:
             status = os.fstat(f.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -319,7 +320,7 @@ def load_folder(
     size = image_size or _common_size(index)
     names = tuple(e.path for e in index.entries)
     digests = [e.sha256 for e in index.entries]
-    stems = [str(Path(name).with_suffix("")) for name in names]
+    stems = [os.path.splitext(name)[0] for name in names]
     return FolderImages(
         name=root.resolve().name or str(root),
         image_size=size,
