@@ -12,13 +12,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from smalti.errors import StorageError
 
 Buffer = bytes | memoryview
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A new file, open for writing."""
 
@@ -31,6 +32,7 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
 class FileSystem(Protocol):
     """Every operation may raise OSError, and is done when it returns."""
 

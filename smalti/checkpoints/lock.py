@@ -15,6 +15,7 @@ from smalti.checkpoints.process import Process, is_dead
 from smalti.errors import RunLockedError, StorageError
 
 _FILE = ".lock"
+_PATIENCE = 2.0  # seconds for the children of a killed holder to let go
 
 
 class RunLock:
@@ -65,16 +66,23 @@ class RunLock:
             self._descriptor = None
 
     def _take(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _read(descriptor)
-            raise RunLockedError(
-                f"run folder {self.folder} is being written by {_describe(holder)}; "
-                "wait until it ends, stop it, or choose another folder"
-            ) from None
-        except OSError as error:
-            raise self._cannot_lock(error) from error
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder = _read(descriptor)
+            except OSError as error:
+                raise self._cannot_lock(error) from error
+            ended = holder is not None and is_dead(_process(holder).token) is True
+            if not ended or time.monotonic() > deadline:
+                rest = ", which has ended but left a process behind" if ended else ""
+                raise RunLockedError(
+                    f"run folder {self.folder} is being written by {_describe(holder)}{rest}; "
+                    "wait until it ends, stop it, or choose another folder"
+                )
+            time.sleep(0.02)
         holder = _read(descriptor)
         if holder is not None and is_dead(_process(holder).token) is None and not self.steal:
             raise RunLockedError(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smalti.checkpoints.keymap import KeyMap
@@ -30,9 +31,9 @@ _KEYS = KeyMap(
     }
 )
 
-# A released table may have drifted: the moving average of the weights took it along, and a step of (1 - 0.9999) no
-# longer corrects an error whose 1e-4th part is below half a unit in the last place of a number near 1 (2^-25).
-_DRIFT = 2.0**-25 / 1e-4
+# A released table may have drifted, because the moving average of the weights took it along: each step rounds twice, by
+# up to 2^-25 each near 1, and takes back 1 - 0.9999 of the error, so the two balance at this.
+_DRIFT = 2 * 2.0**-25 / (1 - 0.9999)
 
 
 def _config(h: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BackboneConfig:
@@ -58,7 +59,8 @@ def _config(h: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BackboneConf
     if table is None or table.device.type == "meta" or table.numel() != config.grid.tokens * config.hidden_size:
         return config
     expected = sincos_2d(*config.grid, config.hidden_size)
-    standard = (table.detach().cpu().double().reshape(expected.shape) - expected).abs().max() <= _DRIFT
+    error = (table.detach().cpu().double().reshape(expected.shape) - expected).abs().max()
+    standard = error <= _DRIFT + torch.finfo(table.dtype).eps / 2
     return config if standard else replace(config, position="table")
 
 

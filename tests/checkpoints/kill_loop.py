@@ -1,0 +1,121 @@
+"""Run by test_kill.py in a process of its own, because it forks: kill a writer at random moments, look at what is left.
+
+Prints one JSON object. The parent imports torch once and forks per kill, which makes a kill cost some hundredths of a
+second.
+"""
+
+import json
+import os
+import random
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from smalti.checkpoints import CheckpointStore, RunLock
+from smalti.errors import RunLockedError
+
+
+def payload(value):
+    group = {f"w{i}": torch.full((64, 32), float(value)) for i in range(3)}
+    return {"model": group, "ema": group, "optimizer": group}
+
+
+def write_for_ever(folder, start, pipe):
+    store = CheckpointStore(folder, keep_last=2)
+    step = start
+    while True:
+        step += 1
+        for value in (step, step + 0.5)[: 1 + step % 2]:  # every second step is stored twice
+            store.save(step, payload(value), {"value": value})
+            os.write(pipe, struct.pack("d", value))
+
+
+def fork(function, *args):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(*args)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def kill_writers(folder, kills, rng):
+    result = {"kills": kills, "unreadable": 0, "torn": 0, "lost": 0, "saves": 0, "leftovers": 0}
+    acknowledged, newest = 0.0, 0
+    for _ in range(kills):
+        reader, writer = os.pipe()
+        pid = fork(write_for_ever, folder, newest, writer)
+        time.sleep(rng.uniform(0.005, 0.06))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(writer)
+        data = b"".join(iter(lambda fd=reader: os.read(fd, 1 << 16), b""))
+        os.close(reader)
+        values = [v for (v,) in struct.iter_unpack("d", data)]
+        result["saves"] += len(values)
+        acknowledged = max([acknowledged, *values])
+        skipped = []
+        found = CheckpointStore(folder).load_newest(skipped.append)
+        result["unreadable"] += len(skipped)
+        if found is None:
+            result["lost"] += acknowledged > 0
+            continue
+        seen = {float(v) for group in found.tensors.values() for t in group.values() for v in t.flatten()}
+        result["torn"] += seen != {found.state["value"]}
+        result["lost"] += found.state["value"] < acknowledged
+        newest = found.step
+    CheckpointStore(folder).sweep()
+    result["leftovers"] = len([p for p in folder.iterdir() if p.name.startswith(".")])
+    return result
+
+
+def hold(folder, pipe, with_child):
+    lock = RunLock(folder)
+    lock.__enter__()
+    if with_child:
+        fork(time.sleep, 20)
+    os.write(pipe, b"1")
+    time.sleep(20)
+
+
+def contend(folder, rounds):
+    """A held lock refuses a second process, and a killed holder frees it, also when its child lives on."""
+    result = {"rounds": rounds, "refused": 0, "named": 0, "freed": 0}
+    for i in range(rounds):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.setpgrp()
+            hold(folder, writer, with_child=i % 2 == 1)
+        os.read(reader, 1)
+        try:
+            with RunLock(folder):
+                pass
+        except RunLockedError as error:
+            result["refused"] += 1
+            result["named"] += f"process {pid} on" in str(error)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        try:
+            with RunLock(folder):
+                result["freed"] += 1
+        except RunLockedError:
+            pass
+        if i % 2 == 1:
+            os.killpg(pid, signal.SIGKILL)
+        os.close(reader)
+        os.close(writer)
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root, kills, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    (root / "store").mkdir()
+    killed = kill_writers(root / "store", kills, random.Random(1))
+    print(json.dumps({"store": killed, "lock": contend(root / "lock", rounds)}))

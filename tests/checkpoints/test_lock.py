@@ -1,0 +1,72 @@
+import json
+import os
+from dataclasses import asdict
+
+import pytest
+
+from smalti.checkpoints import RunLock
+from smalti.checkpoints.process import Process, is_dead
+from smalti.errors import RunLockedError, StorageError
+
+
+def left_behind(folder, **changes):
+    """A lock file as a process leaves it that was killed."""
+    holder = asdict(Process.current()) | {"since": "2026-01-01 00:00:00"} | changes
+    (folder / ".lock").write_text(json.dumps(holder))
+
+
+def test_a_second_holder_is_told_who_the_first_is(tmp_path):
+    with RunLock(tmp_path / "run"):
+        with pytest.raises(RunLockedError, match=rf"process {os.getpid()} on .* since \d{{4}}-") as error:
+            RunLock(tmp_path / "run").__enter__()
+        assert error.value.exit_code == 73
+        assert "\n" not in str(error.value)
+    with RunLock(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getpid()
+    assert (tmp_path / "run" / ".lock").read_text() == ""
+
+
+def test_two_folders_are_two_locks(tmp_path):
+    with RunLock(tmp_path / "a"), RunLock(tmp_path / "b"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pid": 2**31 - 1}, {"started": 1}, {"boot_id": "before"}, {"boot_id": "before", "pid": 1}]
+)
+def test_a_stale_lock_of_this_machine_is_taken_over(tmp_path, changes):
+    left_behind(tmp_path, **changes)
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_left_by_another_machine_is_taken_only_on_request(tmp_path):
+    left_behind(tmp_path, host="elsewhere", boot_id="another")
+    with pytest.raises(RunLockedError, match=r"left locked by process .* on elsewhere .* steal"):
+        RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path, steal=True):
+        pass
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00\x00"])
+def test_a_lock_file_that_was_not_finished_is_no_obstacle(tmp_path, content):
+    (tmp_path / ".lock").write_text(content)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be locked"):
+        RunLock(tmp_path / "file" / "run").__enter__()
+
+
+def test_this_process_lives_and_one_that_never_was_does_not():
+    me = Process.current()
+    assert is_dead(me.token) is False
+    assert is_dead(Process(2**31 - 1, me.host, me.boot_id, 1).token) is True
+    assert is_dead(Process(me.pid, me.host, me.boot_id, me.started + 1).token) is True
+    assert is_dead(Process(1, "elsewhere", "another", 1).token) is None
+    assert is_dead("nonsense") is None
