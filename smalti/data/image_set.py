@@ -4,11 +4,12 @@ import hashlib
 import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 
+@runtime_checkable
 class ImageSet(Protocol):
     """Images of one size, in a fixed order, with their classes and names."""
 

@@ -74,7 +74,8 @@ def test_emoji32_is_small_and_loads_fast(emoji32):
         load_image_set("emoji32")
         return time.process_time() - begin
 
-    assert min(seconds() for _ in range(5)) < 0.2
+    # 0.14 s where this was written, most of it xz; three times that on a slower machine.
+    assert min(seconds() for _ in range(5)) < 0.45
 
 
 def test_emoji32_names_its_sources_and_licences():
@@ -93,7 +94,7 @@ def test_emoji32_validation_holds_one_eighth_of_the_names_and_no_training_image(
     names = len(set(emoji32.split_names))
     assert names == 1891
     assert len({emoji32.split_names[i] for i in parts.validation}) == round(names / 8)
-    train, validation = ({emoji32.read(i).tobytes() for i in part} for part in (parts.train, parts.validation))
+    train, validation = ({emoji32.read(int(i)).tobytes() for i in part} for part in (parts.train, parts.validation))
     assert not train & validation
     assert set(emoji32.class_labels[parts.validation].tolist()) == set(range(9))
 
