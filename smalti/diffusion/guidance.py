@@ -29,7 +29,9 @@ def guided_denoiser(
     clip_x0: bool = False,
     autocast: torch.dtype | None = None,
 ) -> Denoise:
-    """A function `denoise(x, level)` for samplers. Where guidance acts, the backbone sees a batch of twice the size.
+    """A function `denoise(x, level)` for samplers, without gradients.
+
+    Where guidance acts, the backbone sees a batch of twice the size.
 
     Args:
         class_labels: one per row, 0 to `null_class - 1`; None samples without a class: the null class is given to the
@@ -62,6 +64,7 @@ def guided_denoiser(
         with torch.autocast(latents.device.type, dtype=autocast):
             return backbone(latents, timesteps, labels)
 
+    @torch.no_grad()
     def denoise(x: Tensor, level: Level) -> Denoised:
         guided_here = guidance_scale != 1 and low <= level.timestep / num_train_timesteps <= high
         if guided_here and doubled is not None:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti.config import did_you_mean
+from smalti.diffusion.spacing import spaced_indices
 from smalti.errors import ConfigError
 
 Number = TypeVar("Number", float, Tensor)
@@ -161,20 +162,15 @@ class Schedule(abc.ABC):
 class DiscreteSchedule(Schedule):
     """A chain of `num_train_timesteps` levels given by its step variances (beta), with `alpha**2 + sigma**2 = 1`.
 
-    Spacings of `levels`:
-        respaced (default): equal strides from the first to the last level, as the papers' 250 steps; `"10,10,10"`
-            splits the chain into equal sections with so many steps each.
-        ddim: integer strides from level 0; only counts for which such a stride exists.
-        uniform: integer strides down from the noisiest level; meets it for any count, even 1.
-        log_snr: as even in log-SNR as the chain allows, which suits DPM-Solver++ at few steps.
+    The spacings of its `levels` stand in spacing.py; `respaced` is the default.
     """
 
     def __init__(self, name: str, betas: Float[Tensor, "T"]) -> None:
         self.name = name
         self.num_train_timesteps = len(betas)
-        alpha_bar = torch.cumprod(1 - betas, dim=0)
         self._timesteps = torch.arange(len(betas), dtype=torch.float64)
-        self._alpha, self._sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        self._alpha_bar = torch.cumprod(1 - betas, dim=0)
+        self._alpha, self._sigma = self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()
 
     def levels(self, num_inference_steps: int, *, spacing: str = "default", shift: float = 1.0) -> list[Level]:
         if shift != 1:
@@ -186,46 +182,18 @@ class DiscreteSchedule(Schedule):
                 f"num_inference_steps {num_inference_steps} is not possible: schedule {self.name!r} has "
                 f"{self.num_train_timesteps} levels; use 1 to {self.num_train_timesteps}"
             )
-        indices = self._indices(num_inference_steps, spacing)
-        alpha, sigma = self._alpha.tolist(), self._sigma.tolist()
-        return [Level(float(i), alpha[i], sigma[i]) for i in reversed(indices)] + [CLEAN]
+        indices = spaced_indices(2 * (self._alpha.log() - self._sigma.log()), num_inference_steps, spacing)
+        kept = self._alpha_bar[indices]
+        # PARITY: respaced-product. The released chain takes betas from the kept alpha-bars and multiplies them up
+        # again, which costs digits (1e-11 at the end of the cosine schedule).
+        betas = 1 - kept / torch.cat([torch.ones_like(kept[:1]), kept[:-1]])
+        alpha_bar = torch.cumprod(1 - betas, dim=0).tolist()
+        pairs = list(zip(indices, alpha_bar, strict=True))
+        return [Level(float(i), math.sqrt(a), math.sqrt(1 - a)) for i, a in reversed(pairs)] + [CLEAN]
 
     def at(self, uniforms: Float[Tensor, "B"]) -> LevelBatch:
         indices = (uniforms.cpu().double() * self.num_train_timesteps).long()
         return _gather(self._timesteps, self._alpha, self._sigma, indices.clamp_(max=self.num_train_timesteps - 1))
-
-    def _indices(self, count: int, spacing: str) -> list[int]:
-        total = self.num_train_timesteps
-        if spacing in ("default", "respaced"):
-            return respaced_indices(total, [count])
-        if spacing == "ddim":
-            return strided_indices(total, count)
-        if spacing == "uniform":
-            return [round((i + 1) * total / count) - 1 for i in range(count)]
-        if spacing == "log_snr":
-            return self._log_snr_indices(count)
-        if "," in spacing:
-            sections = _read_sections(spacing)
-            if sum(sections) != count:
-                raise ConfigError(
-                    f"spacing {spacing!r} makes {sum(sections)} steps, num_inference_steps asks for {count}"
-                )
-            return respaced_indices(total, sections)
-        known = ("respaced", "ddim", "uniform", "log_snr")
-        raise ConfigError(f"schedule {self.name!r} has no spacing {spacing!r}{did_you_mean(spacing, known)}")
-
-    def _log_snr_indices(self, count: int) -> list[int]:
-        log_snr = 2 * (self._alpha.log() - self._sigma.log())  # falls with the index
-        wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), count, dtype=torch.float64)
-        nearest = (log_snr[None] - wanted[:, None]).abs().argmin(dim=1).tolist()
-        if count == 1:
-            return [self.num_train_timesteps - 1]
-        indices: list[int] = []
-        for place, index in enumerate(nearest):
-            # Near the clean end the chain is coarser than the wish: take the next free level.
-            lowest = indices[-1] + 1 if indices else 0
-            indices.append(min(max(index, lowest), self.num_train_timesteps - (count - place)))
-        return indices
 
 
 class FlowSchedule(Schedule):
@@ -257,57 +225,6 @@ class FlowSchedule(Schedule):
         # At t = 0 exactly there is no noise, and x0 prediction would say nothing about eps.
         t = uniforms.cpu().double().clamp(min=2.0**-54)
         return LevelBatch(self.num_train_timesteps * t, 1 - t, t)
-
-
-def respaced_indices(num_train_timesteps: int, sections: Sequence[int]) -> list[int]:
-    """Choose levels by equal strides within equal sections of the chain; each section keeps both its ends.
-
-    Args:
-        sections: steps to take from each section, clean end first; one entry spaces the whole chain.
-
-    Raises:
-        ConfigError: a section is asked for more levels than it has.
-
-    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, sec. 4.
-    """
-    size, longer = divmod(num_train_timesteps, len(sections))
-    indices, start = [], 0
-    for section, count in enumerate(sections):
-        length = size + (section < longer)
-        if not 1 <= count <= length:
-            raise ConfigError(f"a section of {length} levels cannot give {count} steps; use 1 to {length}")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        # PARITY: respacing-rounding. The place is summed up step by step, and halves round to even.
-        place = 0.0
-        for _ in range(count):
-            indices.append(start + round(place))
-            place += stride
-        start += length
-    return indices
-
-
-def strided_indices(num_train_timesteps: int, count: int) -> list[int]:
-    """`count` levels at an integer stride from level 0.
-
-    Raises:
-        ConfigError: no integer stride visits exactly that many levels.
-
-    Source: Song et al. 2021, arXiv:2010.02502, appendix D.3.
-    """
-    for stride in range(1, num_train_timesteps + 1):
-        indices = range(0, num_train_timesteps, stride)
-        if len(indices) == count:
-            return list(indices)
-    raise ConfigError(
-        f"no integer stride takes {count} steps over {num_train_timesteps} levels; use spacing 'respaced' or 'uniform'"
-    )
-
-
-def _read_sections(spacing: str) -> list[int]:
-    try:
-        return [int(part) for part in spacing.split(",")]
-    except ValueError:
-        raise ConfigError(f"spacing {spacing!r} is not a list of step counts, for example '10,10,10'") from None
 
 
 def _linear(num_train_timesteps: int) -> Schedule:
