@@ -6,7 +6,7 @@ never a Python class name, is what files contain.
 
 import dataclasses
 import difflib
-import enum
+import re
 import types
 import typing
 from pathlib import Path
@@ -42,13 +42,7 @@ def to_dict(config: Any) -> Any:
         return head | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, (tuple, list)):
         return [to_dict(item) for item in config]
-    if isinstance(config, dict):
-        return {str(k): to_dict(v) for k, v in config.items()}
-    if isinstance(config, Path):
-        return str(config)
-    if isinstance(config, enum.Enum):
-        return config.value
-    return config
+    return str(config) if isinstance(config, Path) else config
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
@@ -94,7 +88,7 @@ def _choose_kind(cls: Any, data: dict[str, Any], where: str) -> Any:
     table = {own: cls} if own is not None else cls.kinds()
     if kind is None:
         raise ConfigError(f"{where}: missing 'kind'; choose from {', '.join(table)}")
-    if kind not in table:
+    if not isinstance(kind, str) or kind not in table:
         raise ConfigError(f"{where}: unknown kind {kind!r}{did_you_mean(str(kind), table)}")
     return table[kind]
 
@@ -107,15 +101,9 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        problems = []
-        for arg in (a for a in args if a is not type(None)):
-            try:
-                return _read(arg, value, where)
-            except ConfigError as error:
-                problems.append(str(error))
-        raise ConfigError(problems[-1])
+        return _read_union(args, value, where)
     if origin is Literal:
-        if value not in args:
+        if not any(value == arg and type(value) is type(arg) for arg in args):  # True == 1, but is no choice for 1
             raise ConfigError(f"{where}: got {value!r}{did_you_mean(str(value), map(str, args))}")
         return value
     if origin in (tuple, list):
@@ -130,8 +118,34 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return Path(value)
     right = isinstance(value, hint) and not (isinstance(value, bool) and hint in (int, float))
     if not right:
-        raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+        raise ConfigError(f"{where}: expected {_name(hint)}, got {value!r}{_advice((hint,), value)}")
     return value
+
+
+def _read_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    inside = []  # the value had one of the forms, with something wrong in it: that is what the user wants to hear
+    for arg in args:
+        try:
+            return _read(arg, value, where)
+        except ConfigError as error:
+            if not str(error).startswith(f"{where}: expected ") and get_origin(arg) is not Literal:
+                inside.append(error)
+    if inside:
+        raise inside[0]
+    raise ConfigError(f"{where}: expected {' or '.join(map(_name, args))}, got {value!r}{_advice(args, value)}")
+
+
+def _name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is not None:
+        return str(hint)
+    return "nothing" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _advice(hints: tuple[Any, ...], value: Any) -> str:
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", value, re.IGNORECASE)
+    return "; YAML reads 1e-4 as text: write 1.0e-4" if float in hints and number else ""
 
 
 def _read_sequence(origin: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smalti.config import did_you_mean
 from smalti.errors import ConfigError
 from smalti.models.base import BackboneConfig
 from smalti.nn.conditioning import (
@@ -25,6 +26,8 @@ from smalti.nn.embeddings import PatchEmbed, sincos_2d
 from smalti.nn.layers import MLP, Grid, Head, norm
 from smalti.nn.mixers import AttentionConfig, MixerConfig, build_mixer
 
+PositionKind = Literal["sincos_2d", "table"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(BackboneConfig):
@@ -38,7 +41,7 @@ class DiTConfig(BackboneConfig):
     mlp_ratio: float = 4.0
     conditioning: ConditioningKind = "adaln_zero"
     context_heads: int | None = None  # heads of the cross-attention; None = as many as the mixer has
-    position: Literal["sincos_2d", "table"] = "sincos_2d"  # "table": vectors came with the weights, one grid only
+    position: PositionKind = "sincos_2d"  # "table": vectors came with the weights, one grid only
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +55,13 @@ class DiTConfig(BackboneConfig):
             raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of 4 and depth {self.depth} at least 1"
             )
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ConfigError(f"mlp_ratio {self.mlp_ratio} leaves no channels inside the MLP: the papers' is 4.0")
+        for name, kinds in (("conditioning", get_args(ConditioningKind)), ("position", get_args(PositionKind))):
+            if (kind := getattr(self, name)) not in kinds:
+                raise ConfigError(f"unknown {name} {kind!r}{did_you_mean(str(kind), kinds)}")
+        if self.context_heads is not None and self.conditioning != "cross_attention":
+            raise ConfigError(f"context_heads has no meaning for conditioning {self.conditioning!r}: leave it out")
 
     @property
     def grid(self) -> Grid:
@@ -90,9 +100,13 @@ class DiT(nn.Module):
             C channels of prediction, then C of variance fraction if `learned_variance`.
 
         Raises:
-            ValueError: channels, size or labels do not fit the network.
+            ValueError: channels, size, timesteps or labels do not fit the network.
         """
         grid = self._grid_of(latents)
+        if timesteps.shape != latents.shape[:1]:  # one timestep for all would broadcast, and hide a slip
+            raise ValueError(
+                f"timesteps of shape {tuple(timesteps.shape)}: expected one per image, {len(latents)} in all"
+            )
         context = self.conditioning(timesteps, class_labels)  # (B, L, D): one token for time, one for class
         cond = context.sum(dim=1)
         x = self.embed(latents) + self._position_of(grid)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smalti.errors import ConfigError
 from smalti.nn.embeddings import TimestepEmbedding
 from smalti.ops import attention
 
@@ -78,6 +79,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
+        if num_heads < 1 or hidden_size % num_heads:
+            raise ConfigError(f"hidden_size {hidden_size} cannot be split into {num_heads} heads of cross-attention")
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.query, self.key, self.value, self.out = (nn.Linear(hidden_size, hidden_size) for _ in range(4))
@@ -147,4 +150,8 @@ class Conditioning(nn.Module):
             return time[:, None]
         if class_labels is None:
             raise ValueError(f"this network has {self.num_classes} classes: class_labels is missing")
+        if class_labels.shape != timesteps.shape:
+            raise ValueError(
+                f"class_labels of shape {tuple(class_labels.shape)}: expected one per timestep, {len(timesteps)} in all"
+            )
         return torch.stack([time, self.label(class_labels)], dim=1)

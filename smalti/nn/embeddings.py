@@ -51,7 +51,10 @@ def sincos_2d(rows: int, columns: int, hidden_size: int) -> Float[Tensor, "N D"]
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     halves = []
-    for index in (column, row):  # PARITY: column first
+    for index in (
+        column,
+        row,
+    ):  # PARITY: column-first. The halves swap places with the axes that the released comments give them.
         angle = index.flatten()[:, None].double() * omega  # (N, D/4)
         halves += [angle.sin(), angle.cos()]
     return torch.cat(halves, dim=1)
@@ -60,7 +63,7 @@ def sincos_2d(rows: int, columns: int, hidden_size: int) -> Float[Tensor, "N D"]
 def timestep_sinusoid(timesteps: Float[Tensor, "B"] | Int[Tensor, "B"], dim: int) -> Float[Tensor, "B F"]:
     """[cos | sin] of timestep times 10000^(-k / half), k = 0 .. half - 1, in float32; an odd `dim` ends with a zero."""
     half = dim // 2
-    # PARITY: float32 throughout, as the released networks were trained; float64 differs by up to 4e-5 near t = 1000.
+    # PARITY: sinusoid-float32. As the released networks were trained; float64 differs by up to 4e-5 near t = 1000.
     frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
     angle = timesteps.float()[:, None] * frequency
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim - 2 * half))
