@@ -9,7 +9,7 @@ import torch
 _MASK = (1 << 64) - 1
 
 # Stream ids. Numbers, not names, because a stored run depends on them: never renumber, only append.
-ORDER, AUGMENT, NOISE, TIMESTEP, LABEL_DROP, SAMPLE_NOISE, SAMPLE_LABEL, SPLIT, INIT = range(1, 10)
+ORDER, AUGMENT, NOISE, TIMESTEP, LABEL_DROP, SAMPLE_NOISE, SAMPLE_LABEL, SPLIT, INIT, VALIDATION = range(1, 11)
 
 
 def splitmix64(x: int) -> int:

@@ -1,0 +1,46 @@
+"""Tensors to PNG."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from smalti.data import to_uint8
+
+
+def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:
+    """One image in [-1, 1]."""
+    return Image.fromarray(to_uint8(image[None])[0].permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def grid(images: Float[Tensor, "N 3 H W"], *, columns: int, gap: int = 2) -> Image.Image:
+    """Images in rows, on a light grey ground."""
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    n, height, width, _ = pixels.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 235, dtype=np.uint8)
+    for i, tile in enumerate(pixels):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = tile
+    return Image.fromarray(sheet)
+
+
+def save_grid(images: Float[Tensor, "N 3 H W"], path: Path, *, columns: int) -> None:
+    """A grid as PNG; small images are enlarged by a whole number, without smoothing, so that they can be looked at."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = grid(images, columns=columns)
+    factor = max(1, 800 // max(sheet.size))
+    temporary = path.with_suffix(".tmp")
+    sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as text that a self-contained page can hold."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,104 @@
+"""The lines to beat: the best constant and the best linear denoiser, in closed form, on the same triples.
+
+Until a network's loss is below that of the linear denoiser, it has only learned a filter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.data import ImageSet
+from smalti.data.pixels import read_images
+from smalti.diffusion.prediction import add_noise, per_sample, target_weights
+from smalti.training.validation import StrataLoss, Triples, loss_of
+
+MAX_IMAGES = 4096
+SHRINKAGE = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Losses of denoisers that know the training set's mean, or its mean and covariance, and nothing else.
+
+    Args:
+        shrinkage: share of the mean variance mixed into the covariance, per stratum; see `linear_denoiser_loss`.
+    """
+
+    constant: StrataLoss
+    linear: StrataLoss
+    shrinkage: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean of the training images, and the principal axes of their covariance with the variance along each."""
+
+    mean: Float[Tensor, "P"]
+    axes: Float[Tensor, "P R"]
+    variances: Float[Tensor, "R"]
+
+
+def image_moments(image_set: ImageSet, indices: list[int]) -> Moments:
+    """Float64 moments of at most 4096 images; from the Gram matrix, as there are mostly fewer images than pixels."""
+    stride = -(-len(indices) // MAX_IMAGES)
+    x = read_images(image_set, indices[::stride]).flatten(1).double()
+    mean = x.mean(0)
+    centred = x - mean
+    values, vectors = torch.linalg.eigh(centred @ centred.T / max(1, len(x) - 1))
+    keep = values > values[-1] * 1e-12  # the mean took one dimension away, and twins others
+    values, vectors = values[keep], vectors[:, keep]
+    axes = centred.T @ vectors / (values * max(1, len(x) - 1)).sqrt()
+    return Moments(mean, axes, values)
+
+
+def baselines(moments: Moments, triples: Triples, prediction: str) -> Baselines:
+    """Both lines for one set of triples."""
+    constant = loss_of(_constant(moments, triples, prediction), triples, prediction)
+    linear, shrinkage = linear_denoiser_loss(moments, triples, prediction)
+    return Baselines(constant, linear, shrinkage)
+
+
+def linear_denoiser_loss(moments: Moments, triples: Triples, prediction: str) -> tuple[StrataLoss, tuple[float, ...]]:
+    """Loss of the Wiener filter, `x0 = mean + alpha C (alpha^2 C + sigma^2 I)^-1 (x_t - alpha mean)`.
+
+    With fewer images than pixels the sample covariance C says that most directions never vary, and held-out images do.
+    So C is mixed with the identity times its mean variance; of a dozen mixing shares the best for each stratum *on
+    these very triples* is taken, which flatters the filter, not the network.
+
+    Returns:
+        The loss, and the mixing share that each stratum took.
+    """
+    x_t = add_noise(triples.x0, triples.eps, triples.levels).flatten(1).double()
+    alpha, sigma = triples.levels.alpha[:, None], triples.levels.sigma[:, None]
+    deviation = x_t - alpha * moments.mean  # (N, P)
+    along = deviation @ moments.axes  # (N, R)
+    average = moments.variances.sum() / moments.mean.numel()
+    losses = []
+    for share in SHRINKAGE:
+        variances = (1 - share) * moments.variances + share * average
+        rest = alpha * share * average / (alpha**2 * share * average + sigma**2)
+        gains = alpha * variances / (alpha**2 * variances + sigma**2)
+        x0 = moments.mean + rest * deviation + ((gains - rest) * along) @ moments.axes.T
+        losses.append(loss_of(_as_output(x0, x_t, triples, prediction), triples, prediction))
+    best = [min(range(len(SHRINKAGE)), key=lambda i: losses[i].strata[k]) for k in range(len(losses[0].strata))]
+    strata = tuple(losses[i].strata[k] for k, i in enumerate(best))
+    sizes = [int((triples.strata == k).sum()) for k in range(len(strata))]
+    mean = sum(loss * size for loss, size in zip(strata, sizes, strict=True)) / len(triples)
+    return StrataLoss(mean, strata), tuple(SHRINKAGE[i] for i in best)
+
+
+def _constant(moments: Moments, triples: Triples, prediction: str) -> Tensor:
+    x_t = add_noise(triples.x0, triples.eps, triples.levels).flatten(1).double()
+    return _as_output(moments.mean.expand_as(x_t), x_t, triples, prediction)
+
+
+def _as_output(x0: Tensor, x_t: Tensor, triples: Triples, prediction: str) -> Tensor:
+    """An estimate of x0 as the prediction that a network would have to put out to mean the same."""
+    alpha, sigma = triples.levels.alpha, triples.levels.sigma
+    eps = (x_t - per_sample(alpha, x_t) * x0) / per_sample(sigma, x_t)
+    a, b = target_weights(prediction, alpha, sigma)
+    ones = torch.ones_like(alpha)
+    output = per_sample(a * ones, x_t) * x0 + per_sample(b * ones, x_t) * eps
+    return output.view_as(triples.x0)

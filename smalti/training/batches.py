@@ -1,0 +1,63 @@
+"""From a step number to everything that the step needs: images, labels, noise, levels, all functions of counters."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smalti import streams
+from smalti.data import ImageSet, SampleOrder, load_batch
+from smalti.diffusion.labels import drop_labels, drop_mask
+from smalti.diffusion.levels import LevelBatch, Schedule
+from smalti.diffusion.objectives import ObjectiveConfig, draw_levels
+
+
+@dataclass(frozen=True, eq=False)
+class TrainBatch:
+    """What the loss of one step, or of a part of one, is a function of; all on the CPU."""
+
+    x0: Float[Tensor, "B C H W"]
+    class_labels: Int[Tensor, "B"] | None
+    eps: Float[Tensor, "B C H W"]
+    levels: LevelBatch
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchSource:
+    """Batches of a run by sample position.
+
+    Position p of the run is the same image with the same flip, noise, level and label fate whatever the batch size,
+    the micro-batch, the number of processes or the moment of the last restart.
+    """
+
+    image_set: ImageSet
+    order: SampleOrder
+    schedule: Schedule
+    objective: ObjectiveConfig
+    null_class: int | None
+    flip: bool
+    seed: int
+
+    def at(self, start: int, count: int) -> TrainBatch:
+        """The samples at positions `start` to `start + count - 1`."""
+        positions = range(start, start + count)
+        images = load_batch(self.image_set, self.order, positions, flip=self.flip, seed=self.seed)
+        labels = images.class_labels
+        if labels is not None and self.null_class is not None:
+            dropped = drop_mask(self._uniforms(streams.LABEL_DROP, positions), self.objective.label_dropout)
+            labels = drop_labels(labels, dropped, self.null_class)
+        levels = draw_levels(self.schedule, self.objective, self._uniforms(streams.TIMESTEP, positions))
+        return TrainBatch(images.images, labels, self._noise(positions, images.images), levels)
+
+    def _uniforms(self, stream: int, positions: range) -> Tensor:
+        return torch.tensor([streams.uniform(self.seed, stream, p) for p in positions], dtype=torch.float64)
+
+    def _noise(self, positions: range, like: Tensor) -> Tensor:
+        eps = torch.empty_like(like)
+        for row, position in zip(eps, positions, strict=True):
+            row.normal_(generator=streams.generator(self.seed, streams.NOISE, position))
+        return eps

@@ -1,0 +1,119 @@
+"""The settings of a training run. What a user would not set by hand is not a field."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from smalti.diffusion.objectives import ObjectiveConfig
+from smalti.errors import ConfigError
+from smalti.sampling import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from.
+
+    Args:
+        path: emoji32 (shipped), emoji64 (`smalti data build emoji64`), or a folder of images, one sub-folder per
+            class or none.
+        image_size: side in pixels; None = the set's own size. Folders need one.
+        flip: mirror half of the images; wrong where sides mean something, as in flags and letters.
+        class_balanced: draw every class equally often instead of every image.
+        skip_unreadable: leave out files that cannot be read instead of stopping.
+        validation_fraction: share of the images, split by name, that training never sees.
+    """
+
+    path: str = "emoji32"
+    image_size: int | None = None
+    flip: bool = False
+    class_balanced: bool = False
+    skip_unreadable: bool = False
+    validation_fraction: float = 0.125
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate over time.
+
+    Args:
+        learning_rate: its peak.
+        warmup_steps: linear rise from 0 to the peak.
+        decay: constant (the papers) or cosine, down to 0 at the last step.
+        clip_norm: limit on the global gradient norm; None = off.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be in [0, 1), got {self.betas}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm must be above 0 (or left out), got {self.clip_norm}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ConfigError("warmup_steps and weight_decay must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run: the same settings give the same bits, and the same command again continues it.
+
+    Args:
+        out: run folder: settings, log, checkpoints, samples and the finished model.
+        model: preset name (`smalti presets` lists them).
+        override: changes to the preset, as name=value: `--override depth=6 patch_size=4`.
+        steps: optimizer steps.
+        batch_size: images per step.
+        micro_batch: images per forward pass; gradients of a step are summed over them. None = the whole batch.
+        precision: fp32, or bf16 autocast around fp32 weights.
+        ema_decay: None = suited to `steps`; see docs/guide/train.md.
+        seed: of everything random in the run.
+        device: auto = cuda, else mps, else cpu.
+        log_every, validate_every, sample_every, checkpoint_every: in steps; 0 = never (the end always counts).
+        keep_checkpoints: how many of the newest stay.
+        preview: how the sample grids of the run are drawn.
+    """
+
+    out: Path = Path("runs/train")
+    model: str = "dit-emoji32"
+    override: tuple[str, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int = 10_000
+    batch_size: int = 64
+    micro_batch: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    log_every: int = 10
+    validate_every: int = 500
+    sample_every: int = 1000
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    preview: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(sampler="dpm-solver++", num_inference_steps=25, guidance_scale=2.0)
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
+            raise ConfigError(f"micro_batch {self.micro_batch} must be between 1 and batch_size {self.batch_size}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        for name in ("log_every", "validate_every", "sample_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
+
+
+# A run with other values of these is another run: its samples, noise or weights would not follow from the stored ones.
+IDENTITY = ("model", "override", "data", "objective", "optimizer", "batch_size", "seed", "ema_decay")

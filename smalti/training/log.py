@@ -1,0 +1,68 @@
+"""What a run writes down: JSON lines always, TensorBoard where it is installed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from smalti.errors import StorageError
+
+
+class RunLog:
+    """`log.jsonl` in the run folder, one line per event, steps strictly rising per kind of event.
+
+    Args:
+        step: the step that the run continues from; lines of later steps, and a line torn by a kill, are dropped.
+        tensorboard: also write scalars to `tensorboard/`; the package must be installed.
+    """
+
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool) -> None:
+        self.path = folder / "log.jsonl"
+        kept = [line for line in read_log(folder) if line["step"] <= step]
+        try:
+            repaired = self.path.with_suffix(".tmp")
+            repaired.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            repaired.replace(self.path)
+            self._file = self.path.open("a", buffering=1)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be written: {error.strerror}; free space or choose another --out"
+            ) from error
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # heavy, optional
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """One event: `train` (loss, gradient norm, rate, speed), `validation` (loss, strata) or `baseline`."""
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's log; a last line torn by a kill is left out."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def tensorboard_installed() -> bool:
+    """Whether `pip install smalti[tensorboard]` has been done."""
+    import importlib.util
+
+    return importlib.util.find_spec("tensorboard") is not None

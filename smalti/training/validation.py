@@ -1,0 +1,87 @@
+"""Validation loss: the same held-out images, noise and levels every time, split by eighths of the noise range."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from smalti import streams
+from smalti.data import ImageSet
+from smalti.data.pixels import read_images
+from smalti.diffusion.levels import LevelBatch, Schedule
+from smalti.diffusion.prediction import add_noise, training_target
+
+STRATA = 8
+MAX_TRIPLES = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Triples:
+    """Fixed (image, noise, level) triples. Levels are stratified: a stratum is an eighth of the noise range.
+
+    Args:
+        strata: which eighth each triple belongs to, 0 = nearly clean.
+    """
+
+    x0: Float[Tensor, "N C H W"]
+    class_labels: Int[Tensor, "N"] | None
+    eps: Float[Tensor, "N C H W"]
+    levels: LevelBatch
+    strata: Int[Tensor, "N"]
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+
+@dataclass(frozen=True)
+class StrataLoss:
+    """Mean squared error of the prediction target: over all triples, and per eighth of the noise range."""
+
+    mean: float
+    strata: tuple[float, ...]
+
+
+def make_triples(image_set: ImageSet, indices: list[int], schedule: Schedule, seed: int) -> Triples:
+    """Each image meets as many of the eight strata as fit into MAX_TRIPLES triples; neighbours meet different ones.
+
+    The uniform spread over the noise range is on purpose also where training prefers some levels.
+    """
+    rounds = max(1, min(STRATA, MAX_TRIPLES // len(indices)))
+    chosen = indices[:MAX_TRIPLES]
+    rows = [
+        (place, image, (place + r * (STRATA // rounds)) % STRATA)
+        for r in range(rounds)
+        for place, image in enumerate(chosen)
+    ]
+    picked = [image for _, image, _ in rows]
+    x0 = read_images(image_set, picked)
+    eps = torch.empty_like(x0)
+    for row, (noise, (place, _, stratum)) in enumerate(zip(eps, rows, strict=True)):
+        noise.normal_(generator=streams.generator(seed, streams.VALIDATION, place, stratum, row))
+    within = [streams.uniform(seed, streams.VALIDATION, place, stratum) for place, _, stratum in rows]
+    strata = torch.tensor([stratum for _, _, stratum in rows])
+    levels = schedule.at((strata + torch.tensor(within, dtype=torch.float64)) / STRATA)
+    labels = torch.from_numpy(image_set.class_labels[picked]) if image_set.class_names else None
+    return Triples(x0, labels, eps, levels, strata)
+
+
+@torch.no_grad()
+def validate(model: nn.Module, triples: Triples, prediction: str, *, batch_size: int = 64) -> StrataLoss:
+    """The loss of a network on the triples, unweighted, in the network's own precision."""
+    device = next(model.parameters()).device
+    x_t = add_noise(triples.x0, triples.eps, triples.levels)
+    outputs = []
+    for start in range(0, len(triples), batch_size):
+        part = slice(start, start + batch_size)
+        labels = None if triples.class_labels is None else triples.class_labels[part].to(device)
+        timesteps = triples.levels.timesteps[part].float().to(device)
+        outputs.append(model(x_t[part].to(device), timesteps, labels)[:, : triples.x0.shape[1]].float().cpu())
+    return loss_of(torch.cat(outputs), triples, prediction)
+
+
+def loss_of(output: Float[Tensor, "N C H W"], triples: Triples, prediction: str) -> StrataLoss:
+    """The loss of given predictions for all triples."""
+    target = training_target(prediction, triples.x0, triples.eps, triples.levels)
+    errors = (output - target).square().flatten(1).double().mean(1)
+    return StrataLoss(errors.mean().item(), tuple(errors[triples.strata == k].mean().item() for k in range(STRATA)))

@@ -1,0 +1,259 @@
+"""`train`: from a RunConfig to a run folder with a log, samples, checkpoints and a finished model."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from smalti import streams
+from smalti.checkpoints import CheckpointStore, RunLock, save_model
+from smalti.config import from_dict, to_dict
+from smalti.data import ImageSet, SampleOrder, Split, load_image_set, split
+from smalti.diffusion.levels import Schedule, build_schedule
+from smalti.errors import CheckpointError, ConfigError, PreemptedError
+from smalti.models import BackboneConfig, build_backbone
+from smalti.presets import parse_overrides, preset_config
+from smalti.report.images import save_grid
+from smalti.sampling import sample_latents
+from smalti.training.batches import BatchSource
+from smalti.training.baselines import Baselines, baselines, image_moments
+from smalti.training.config import IDENTITY, RunConfig
+from smalti.training.device import resolve_device
+from smalti.training.ema import EMA, default_decay
+from smalti.training.log import RunLog, tensorboard_installed
+from smalti.training.loop import StepReport, train_steps
+from smalti.training.optim import build_optimizer
+from smalti.training.state import TrainState
+from smalti.training.stop import StopRequest
+from smalti.training.validation import StrataLoss, Triples, make_triples, validate
+from smalti.workflows.progress import ProgressReport
+
+PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 6
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    out: Path
+    model: nn.Module
+    validation: StrataLoss | None
+    baselines: Baselines | None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What stays the same during a run."""
+
+    config: RunConfig
+    device: torch.device
+    images: ImageSet
+    split: Split
+    schedule: Schedule
+    batches: BatchSource
+    triples: Triples | None
+
+
+def load_config(path: Path) -> RunConfig:
+    """A run's settings from YAML, strictly.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds a setting that does not exist.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; give the path of a YAML file with settings") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
+    return from_dict(RunConfig, data if data is not None else {}, str(path))
+
+
+def model_config(config: RunConfig, images: ImageSet) -> BackboneConfig:
+    """The preset, fitted to the images (size, channels, classes), then changed as the user says."""
+    wanted = parse_overrides(config.override)
+    fitted: dict[str, Any] = {
+        "sample_size": images.image_size,
+        "in_channels": 3,
+        "num_classes": len(images.class_names),
+    }
+    if config.objective.schedule == "flow":
+        fitted["learned_variance"] = False  # a path without steps has no step variance to learn
+    return preset_config(config.model, **(fitted | wanted))
+
+
+def train(config: RunConfig, *, on_step: Callable[[StepReport], None] | None = None) -> TrainResult:
+    """Train, or continue what the run folder holds; nothing is lost whenever this is stopped.
+
+    Args:
+        on_step: told of every finished step.
+
+    Raises:
+        PreemptedError: stopped on request; the run was saved and the same call continues it.
+        SmaltiError: whatever else the user can mend.
+    """
+    device = resolve_device(config.device)
+    images = load_image_set(config.data.path, config.data.image_size, skip_unreadable=config.data.skip_unreadable)
+    backbone_config = model_config(config, images)
+    if images.class_names and config.data.path and config.objective.label_dropout and not backbone_config.null_class:
+        raise ConfigError("label_dropout hides labels behind the null class: set null_class=true or label_dropout 0")
+    with RunLock(config.out):
+        _settle_config(config, images, backbone_config)
+        run = _prepare(config, device, images, backbone_config)
+        state = _new_state(run, backbone_config)
+        store = CheckpointStore(config.out / "checkpoints", keep_last=config.keep_checkpoints, sole_writer=True)
+        return _run(run, state, store, on_step)
+
+
+def _prepare(config: RunConfig, device: torch.device, images: ImageSet, model: BackboneConfig) -> Run:
+    parts = split(images, config.data.validation_fraction, config.seed)
+    schedule = build_schedule(config.objective.schedule, config.objective.num_train_timesteps)
+    labels = images.class_labels if images.class_names else None
+    order = SampleOrder(parts.train, config.seed, class_balanced=config.data.class_balanced, labels=labels)
+    batches = BatchSource(
+        image_set=images,
+        order=order,
+        schedule=schedule,
+        objective=config.objective,
+        null_class=model.num_classes if images.class_names and model.null_class else None,
+        flip=config.data.flip,
+        seed=config.seed,
+    )
+    held_out = parts.validation.tolist()
+    triples = make_triples(images, held_out, schedule, config.seed) if held_out else None
+    return Run(config, device, images, parts, schedule, batches, triples)
+
+
+def _new_state(run: Run, model: BackboneConfig) -> TrainState:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(streams.key(run.config.seed, streams.INIT) & (2**63 - 1))
+        network = build_backbone(model).to(run.device)
+    decay = run.config.ema_decay
+    ema = EMA(network, default_decay(run.config.steps) if decay is None else decay)
+    return TrainState(network, ema, build_optimizer(network, run.config.optimizer))
+
+
+def _run(
+    run: Run, state: TrainState, store: CheckpointStore, on_step: Callable[[StepReport], None] | None
+) -> TrainResult:
+    config = run.config
+    with StopRequest() as stop, ProgressReport("training", config.steps) as progress:
+        stored = store.load_newest(on_skip=lambda reason: progress.note(f"passed over {reason}"))
+        if stored is not None:
+            state.restore(stored)
+            progress.note(f"continuing {config.out} at step {state.step}")
+            progress.continue_from(state.step)
+        log = RunLog(config.out, state.step, tensorboard=tensorboard_installed())
+        lines = _baselines(run) if run.triples is not None else None
+        if lines is not None and stored is None:
+            log.write("baseline", 0, constant=lines.constant.mean, linear=lines.linear.mean)
+        loss: StrataLoss | None = None
+        since, since_step = time.monotonic(), state.step
+        for report in train_steps(state, run.batches, config):
+            step, last = report.step, report.step == config.steps
+            if on_step is not None:
+                on_step(report)
+            progress.update(step, f"loss {report.loss:.4f}" + (f", validation {loss.mean:.4f}" if loss else ""))
+            if _due(step, config.log_every, last):
+                now = time.monotonic()
+                speed = (step - since_step) * config.batch_size / max(now - since, 1e-9)
+                since, since_step = now, step
+                log.write("train", **_values(report), images_per_second=round(speed, 2))
+            if run.triples is not None and _due(step, config.validate_every, last):
+                loss = validate(state.ema.model, run.triples, config.objective.prediction)
+                log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
+            if _due(step, config.sample_every, last):
+                save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
+            if _due(step, config.checkpoint_every, last) or stop.received:
+                store.save(step, state.tensors(), state.counters())
+            if stop.received and not last:
+                log.close()
+                raise PreemptedError(
+                    f"stopped by {stop.received.name} and saved at step {step}; the same command continues {config.out}"
+                )
+        log.close()
+    if loss is None and run.triples is not None:
+        loss = validate(state.ema.model, run.triples, config.objective.prediction)
+    save_model(config.out / "model", state.ema.model, extra=model_extra(run, state.step))
+    return TrainResult(config.out, state.ema.model, loss, lines)
+
+
+def model_extra(run: Run, step: int) -> dict[str, Any]:
+    """What a finished model must know to be sampled from: what it predicts, on which schedule, and its classes."""
+    return {
+        "objective": to_dict(run.config.objective),
+        "class_names": list(run.images.class_names),
+        "value_range": [-1, 1],
+        "trained": {"data": run.config.data.path, "fingerprint": run.images.fingerprint, "steps": step},
+    }
+
+
+def save_preview(run: Run, model: nn.Module, path: Path) -> None:
+    """A grid of samples with fixed seeds, one row per class (the first ten), or six rows of one kind."""
+    classes = min(PREVIEW_ROWS, len(run.images.class_names))
+    labels = [k for k in range(classes) for _ in range(PREVIEW_COLUMNS)] if classes else None
+    count = len(labels) if labels is not None else PREVIEW_COLUMNS**2
+    batches = sample_latents(
+        model,
+        seeds=range(count),
+        class_labels=labels,
+        sample_shape=(3, *run.images.image_size),
+        schedule=run.schedule,
+        config=run.config.preview,
+        prediction=run.config.objective.prediction,
+        learned_variance=model.config.learned_variance,
+        null_class=run.batches.null_class,
+        micro_batch=32,
+        device=run.device,
+    )
+    save_grid(torch.cat([batch.latents.cpu() for batch in batches]), path, columns=PREVIEW_COLUMNS)
+
+
+def _baselines(run: Run) -> Baselines:
+    assert run.triples is not None
+    return baselines(image_moments(run.images, run.split.train.tolist()), run.triples, run.config.objective.prediction)
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (last or step % every == 0)
+
+
+def _values(report: StepReport) -> dict[str, Any]:
+    return {
+        "step": report.step,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "skipped": report.skipped,
+    }
+
+
+def _settle_config(config: RunConfig, images: ImageSet, model: BackboneConfig) -> None:
+    """Refuse to continue another run; then write down what this one is."""
+    path = config.out / "config.yaml"
+    if path.exists():
+        before = load_config(path)
+        changed = [name for name in IDENTITY if getattr(before, name) != getattr(config, name)]
+        if changed:
+            differences = "; ".join(
+                f"{name}: {to_dict(getattr(before, name))} there, {to_dict(getattr(config, name))} now"
+                for name in changed
+            )
+            raise ConfigError(f"{config.out} holds another run ({differences}); choose another --out")
+    identity = config.out / "resolved.yaml"
+    resolved = {"model": to_dict(model), "data": {"name": images.name, "fingerprint": images.fingerprint}}
+    if identity.exists():
+        stored = yaml.safe_load(identity.read_text())
+        if stored["data"]["fingerprint"] != images.fingerprint:
+            raise CheckpointError(
+                f"{config.out} was trained on other images than {config.data.path} holds now; choose another --out"
+            )
+    for target, content in ((path, to_dict(config)), (identity, resolved)):
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False))
+        temporary.replace(target)
