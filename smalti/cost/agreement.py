@@ -1,0 +1,55 @@
+"""Whether a fast implementation computes what the reference computes. What does not is not worth timing."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smalti.ops import Op
+
+
+def disagreement(op: Op, impl: str, args: Sequence[Tensor], *, gradients: bool) -> str:
+    """ "" when `impl` is at most twice as wrong as the reference in the same dtype, else the first result that is not.
+
+    Both are compared with the reference in float64 on the same inputs, output and gradients each relative to the
+    largest value; one rounding of the result to its dtype comes on top.
+
+    Args:
+        impl: an implementation that does not refuse `args` (as a caller with or without gradients would pass them).
+        gradients: also compare the gradients of all floating inputs; else run as in inference.
+
+    Raises:
+        ValueError: the implementation cannot take these inputs.
+    """
+    exact = _run(op, "reference", [_cast(a, torch.float64) for a in args], gradients)
+    reference = _run(op, "reference", args, gradients)
+    ours = _run(op, impl, args, gradients)
+    rounding = torch.finfo(args[0].dtype).eps
+    for name in exact:
+        limit = 2 * _error(reference[name], exact[name]) + rounding
+        error = _error(ours[name], exact[name])
+        if not error <= limit:
+            return f"{name} is off by {error:.2e} of the largest value, at most {limit:.2e} is allowed"
+    return ""
+
+
+def _run(op: Op, impl: str, args: Sequence[Tensor], gradients: bool) -> dict[str, Tensor]:
+    inputs = [a.detach().requires_grad_(gradients and a.is_floating_point()) for a in args]
+    with torch.set_grad_enabled(gradients):
+        output = op(*inputs, impl=impl)
+    if not gradients:
+        return {"output": output}
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device, output.dtype)
+    sources = [a for a in inputs if a.requires_grad]
+    found = torch.autograd.grad(output, sources, weights)
+    return {"output": output.detach()} | {f"gradient {i}": g for i, g in enumerate(found)}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    scale = exact.abs().max().item() or 1.0
+    return (value.double() - exact).abs().max().item() / scale

@@ -1,0 +1,164 @@
+"""Multiply-adds and parameters against the papers' tables, the closed form, and hand counts."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from smalti.config import replace
+from smalti.cost import count_macs, count_parameters
+from smalti.models import BackboneConfig, DiTConfig, build_backbone
+from smalti.nn.mixers import AttentionConfig
+from smalti.presets import create_model
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+# size, patch, latent side, conditioning: trained parameters, all parameters, published GMACs.
+# Parameters: recount of the released classes; the three other conditionings by the closed form that reproduces the
+# paper's rounded counts. GMACs: Peebles & Xie 2023, arXiv:2212.09748, tables 1 and 4, section 4 (printed as Gflops).
+PUBLISHED = [
+    ("S", 8, 32, "adaln_zero", 33_142_016, 33_148_160, 0.36),
+    ("S", 4, 32, "adaln_zero", 32_920_448, 32_945_024, 1.41),
+    ("S", 2, 32, "adaln_zero", 32_865_056, 32_963_360, 6.06),
+    ("B", 8, 32, "adaln_zero", 130_869_248, 130_881_536, 1.42),
+    ("B", 4, 32, "adaln_zero", 130_426_496, 130_475_648, 5.56),
+    ("B", 2, 32, "adaln_zero", 130_315_808, 130_512_416, 23.01),
+    ("L", 8, 32, "adaln_zero", 458_578_432, 458_594_816, 5.01),
+    ("L", 4, 32, "adaln_zero", 457_988_224, 458_053_760, 19.70),
+    ("L", 2, 32, "adaln_zero", 457_840_672, 458_102_816, 80.71),
+    ("XL", 8, 32, "adaln_zero", 675_664_640, 675_683_072, 7.39),
+    ("XL", 4, 32, "adaln_zero", 675_000_704, 675_074_432, 29.05),
+    ("XL", 2, 32, "adaln_zero", 674_834_720, 675_129_632, 118.64),
+    ("XL", 2, 64, "adaln_zero", 674_834_720, 676_014_368, 524.60),
+    ("XL", 2, 32, "adaln", 600_452_384, 600_747_296, 118.56),
+    ("XL", 2, 32, "cross_attention", 597_991_712, 598_286_624, 137.62),
+    ("XL", 2, 32, "in_context", 449_162_528, 449_457_440, 119.37),
+]
+
+
+@functools.cache
+def counted(size: str, patch: int, side: int = 32, conditioning: str = "adaln_zero"):
+    suffix = "-512" if side == 64 else "" if conditioning == "adaln_zero" else "-" + conditioning.replace("_", "-")
+    model = create_model(f"dit-{size}-{patch}{suffix}", device="meta")
+    assert (model.config.sample_size, model.config.conditioning) == ((side, side), conditioning)
+    return count_macs(model), count_parameters(model)
+
+
+TINY = DiTConfig(
+    hidden_size=32,
+    depth=2,
+    mixer=AttentionConfig(num_heads=2),
+    patch_size=2,
+    sample_size=(8, 12),
+    in_channels=3,
+    num_classes=5,
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "side", "conditioning", "trained", "total", "gmacs"),
+    PUBLISHED,
+    ids=[f"{row[0]}/{row[1]}-{row[2]}-{row[3]}" for row in PUBLISHED],
+)
+def test_a_network_of_the_paper_has_its_parameters_exactly_and_its_macs_within_half_a_percent(
+    size, patch, side, conditioning, trained, total, gmacs
+):
+    macs, parameters = counted(size, patch, side, conditioning)
+    assert (parameters.trained, parameters.total) == (trained, total)
+    # The paper prints two decimals, which for the smallest network alone are worth 1.4 %.
+    assert abs(macs.giga - gmacs) <= 0.005 * gmacs + (0.005 if gmacs < 1 else 0)
+    assert sum(parameters.by_part.values()) == total
+    assert sum(macs.by_part.values()) == macs.total
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_the_count_of_a_dit_is_its_closed_form(size, patch):
+    depth, d, _ = SIZES[size]
+    tokens = (32 // patch) ** 2
+    embed = patch**2 * 4 * d * tokens
+    conditioning = 256 * d + d**2
+    head = 2 * d**2 + tokens * d * patch**2 * 8
+    macs, _ = counted(size, patch)
+    assert macs.by_part == {
+        "embed": embed,
+        "conditioning": conditioning,
+        "modulation": depth * 6 * d**2,
+        "mixer": depth * (4 * d**2 * tokens + 2 * tokens**2 * d),
+        "mlp": depth * 8 * d**2 * tokens,
+        "head": head,
+    }
+
+
+def test_parts_of_parameters_follow_the_layers():
+    d = 32
+    parts = count_parameters(TINY).by_part
+    assert parts == {
+        "position": 24 * d,
+        "embed": (3 * 4 + 1) * d,
+        "conditioning": (256 + 1) * d + (d + 1) * d + 6 * d,
+        "modulation": 2 * 6 * (d + 1) * d,
+        "mixer": 2 * 4 * (d + 1) * d,
+        "mlp": 2 * (8 * d + 5) * d,
+        "head": 2 * (d + 1) * d + (d + 1) * 4 * 6,
+    }
+
+
+def test_a_built_network_counts_as_its_config_and_keeps_its_weights():
+    model = build_backbone(TINY)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert count_macs(model) == count_macs(TINY)
+    assert count_parameters(model) == count_parameters(TINY)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_another_latent_size_changes_the_count_and_nothing_else():
+    assert count_macs(TINY, sample_size=(16, 4)) == count_macs(replace(TINY, sample_size=(16, 4)))
+    assert count_macs(TINY, sample_size=(16, 16)).total > count_macs(TINY).total
+
+
+def test_a_size_that_the_patches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="divisible by the patch size 2"):
+        count_macs(TINY, sample_size=(7, 8))
+
+
+def test_an_unconditional_network_is_counted_without_labels():
+    with_labels, without = count_parameters(TINY), count_parameters(replace(TINY, num_classes=0))
+    assert with_labels.total - without.total == 6 * 32
+    assert count_macs(replace(TINY, num_classes=0)) == count_macs(TINY)  # a look-up multiplies nothing
+
+
+def test_training_mode_counts_one_forward_all_the_same():
+    model = build_backbone(TINY).train()
+    assert count_macs(model) == count_macs(TINY)
+
+
+def test_work_of_a_block_itself_is_kept_under_the_name_of_the_list():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 4))
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x @ self.weight)
+
+    class Net(nn.Module):
+        config = BackboneConfig(sample_size=(1, 1), in_channels=4, num_classes=0)
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+            self.scale = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+
+        def forward(self, latents, timesteps, class_labels):
+            x = latents.flatten(1) @ self.scale
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    assert count_macs(Net()).by_part == {"rest": 16, "blocks": 32, "inner": 32}
+    assert count_parameters(Net()).by_part == {"scale": 16, "blocks": 32, "inner": 40}
+    assert count_parameters(Net()).trained == 72
