@@ -47,14 +47,19 @@ def fork(function, *args):
 def kill_writers(folder, kills, rng):
     result = {"kills": kills, "unreadable": 0, "torn": 0, "lost": 0, "saves": 0, "leftovers": 0}
     acknowledged, newest = 0.0, 0
-    for _ in range(kills):
+    begin = time.monotonic()
+    CheckpointStore(folder.with_name("measure")).save(1, payload(1), {"value": 1})
+    one_save = time.monotonic() - begin
+    for kill in range(kills):
         reader, writer = os.pipe()
         pid = fork(write_for_ever, folder, newest, writer)
-        time.sleep(rng.uniform(0.005, 0.06))
+        # Every second writer lives until its first save, however busy the machine; the others may not come that far.
+        data = os.read(reader, 8) if kill % 2 else b""
+        time.sleep(rng.uniform(0, 3) * one_save)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(writer)
-        data = b"".join(iter(lambda fd=reader: os.read(fd, 1 << 16), b""))
+        data += b"".join(iter(lambda fd=reader: os.read(fd, 1 << 16), b""))
         os.close(reader)
         values = [v for (v,) in struct.iter_unpack("d", data)]
         result["saves"] += len(values)
