@@ -11,8 +11,9 @@ from smalti.ops import Op
 def disagreement(op: Op, impl: str, args: Sequence[Tensor], *, gradients: bool) -> str:
     """ "" when `impl` is at most twice as wrong as the reference in the same dtype, else the first result that is not.
 
-    Both are compared with the reference in float64 on the same inputs, output and gradients each relative to the
-    largest value; one rounding of the result to its dtype comes on top.
+    Both are compared with the reference in float64 on the same inputs, output and gradients each relative to its own
+    largest value; one rounding of the result to its dtype comes on top. A gradient that cancels to nothing is measured
+    against the largest of all.
 
     Args:
         impl: an implementation that does not refuse `args` (as a caller with or without gradients would pass them).
@@ -25,9 +26,11 @@ def disagreement(op: Op, impl: str, args: Sequence[Tensor], *, gradients: bool) 
     reference = _run(op, "reference", args, gradients)
     ours = _run(op, impl, args, gradients)
     rounding = torch.finfo(args[0].dtype).eps
-    for name in exact:
-        limit = 2 * _error(reference[name], exact[name]) + rounding
-        error = _error(ours[name], exact[name])
+    largest = max(tensor.abs().max().item() for tensor in exact.values())
+    for name, truth in exact.items():
+        scale = truth.abs().max().item()
+        scale = scale if scale > rounding * largest else largest or 1.0
+        error, limit = _error(ours[name], truth, scale), 2 * _error(reference[name], truth, scale) + rounding
         if not error <= limit:
             return f"{name} is off by {error:.2e} of the largest value, at most {limit:.2e} is allowed"
     return ""
@@ -50,6 +53,5 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _error(value: Tensor, exact: Tensor) -> float:
-    scale = exact.abs().max().item() or 1.0
-    return (value.double() - exact).abs().max().item() / scale
+def _error(value: Tensor, truth: Tensor, scale: float) -> float:
+    return (value.double() - truth).abs().max().item() / scale

@@ -39,7 +39,8 @@ class ObjectiveConfig:
         prediction: eps, x0, v (`alpha eps - sigma x0`) or velocity (`eps - x0`).
         timestep_sampling: uniform, or logit_normal, which visits the middle of the path more often.
         logit_mean, logit_std: of the normal variable whose sigmoid is the time; above 0 leans to noise.
-        loss_weighting: none, or min_snr, which caps the weight of nearly clean levels.
+        loss_weighting: none; min_snr, which caps the weight of nearly clean levels; or velocity, which measures any
+            prediction's error as that of the velocity (sigma below 0.05 counts as 0.05).
         min_snr_gamma: that cap, as a signal-to-noise ratio.
         variational_weight: of the variational bound beside the simple loss, when the backbone learns its variance.
         label_dropout: share of class labels hidden in training, which guidance needs; 0 = none.
@@ -54,7 +55,7 @@ class ObjectiveConfig:
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
-    loss_weighting: Literal["none", "min_snr"] = "none"
+    loss_weighting: Literal["none", "min_snr", "velocity"] = "none"
     min_snr_gamma: float = 5.0
     variational_weight: float = 1.0
     label_dropout: float = 0.1
@@ -139,6 +140,8 @@ def losses_from_output(
     if config.loss_weighting == "min_snr":
         weights = min_snr_weights(config.prediction, levels, config.min_snr_gamma)
         loss = loss * weights.to(device=x0.device, dtype=x0.dtype)
+    elif config.loss_weighting == "velocity":
+        loss = loss * velocity_weights(config.prediction, levels).to(device=x0.device, dtype=x0.dtype)
     if not learned_variance:
         return Losses(loss, mse, None)
     x0_error = per_sample(x0_weights(config.prediction, levels.alpha, levels.sigma)[1], x0) * residual.detach()
@@ -158,6 +161,19 @@ def min_snr_weights(prediction: str, levels: LevelBatch, gamma: float = 5.0) -> 
     a, b = target_weights(prediction, levels.alpha, levels.sigma)
     determinant = levels.alpha * b - levels.sigma * a
     return torch.minimum(levels.alpha**2, gamma * levels.sigma**2) / determinant**2
+
+
+def velocity_weights(prediction: str, levels: LevelBatch, smallest_sigma: float = 0.05) -> Float[Tensor, "B"]:
+    """Weights that turn the squared error of any prediction into that of the velocity `eps - x0`.
+
+    With prediction x0 the network need not carry the noise through to its output, and the levels still count as in
+    flow matching. The velocity of an estimate of x0 divides by sigma, so sigma is limited below.
+
+    Source: Li & He 2025, arXiv:2511.13720, sec. 4.
+    """
+    limited = levels.sigma.clamp_min(smallest_sigma)
+    x0_error = x0_weights(prediction, levels.alpha, limited)[1]
+    return (x0_error / x0_weights("velocity", levels.alpha, limited)[1]) ** 2
 
 
 def variational_bound(

@@ -25,4 +25,25 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     return BACKBONES[config.kind].module(config)
 
 
-__all__ = ["BACKBONES", "Backbone", "BackboneConfig", "BackboneEntry", "DiT", "DiTConfig", "build_backbone"]
+def config_of(model: nn.Module) -> BackboneConfig:
+    """The config that a backbone was built from.
+
+    Raises:
+        TypeError: the module is not a backbone of smalti, or is wrapped in something else.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, BackboneConfig):
+        raise TypeError(f"{type(model).__name__} has no backbone config: pass the backbone itself, not a wrapper")
+    return config
+
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneConfig",
+    "BackboneEntry",
+    "DiT",
+    "DiTConfig",
+    "build_backbone",
+    "config_of",
+]

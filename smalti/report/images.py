@@ -39,6 +39,13 @@ def save_grid(images: Float[Tensor, "N 3 H W"], path: Path, *, columns: int) -> 
     temporary.replace(path)
 
 
+def save_image(image: Float[Tensor, "3 H W"], path: Path) -> None:
+    """One PNG in the image's own size; a reader never meets half of it."""
+    temporary = path.with_suffix(".tmp")
+    to_pil(image).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
 def data_url(image: Image.Image) -> str:
     """An image as text that a self-contained page can hold."""
     buffer = io.BytesIO()

@@ -9,6 +9,7 @@ import torch
 
 from smalti.diffusion.objectives import ObjectiveConfig, training_losses
 from smalti.errors import NumericError
+from smalti.models import config_of
 from smalti.training.batches import BatchSource, TrainBatch
 from smalti.training.config import RunConfig
 from smalti.training.optim import learning_rate
@@ -48,7 +49,7 @@ def train_steps(state: TrainState, batches: BatchSource, config: RunConfig) -> I
             count = min(micro_batch, config.batch_size - start)
             batch = batches.at(state.step * config.batch_size + start, count)
             part = _loss(state, batch, batches.objective, config, device) / config.batch_size
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += part.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -75,7 +76,7 @@ def _loss(
             eps=batch.eps.to(device),
             levels=batch.levels,
             config=objective,
-            learned_variance=state.model.config.learned_variance,
+            learned_variance=config_of(state.model).learned_variance,
         )
     return losses.loss.sum()
 

@@ -21,7 +21,9 @@ class ProgressReport:
         out: None = standard error.
     """
 
-    def __init__(self, label: str, total: int, *, done: int = 0, unit: str = "steps", out: TextIO | None = None) -> None:
+    def __init__(
+        self, label: str, total: int, *, done: int = 0, unit: str = "steps", out: TextIO | None = None
+    ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self._first = self._done = done
         self._started = self._printed = time.monotonic()

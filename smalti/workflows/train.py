@@ -1,5 +1,6 @@
 """`train`: from a RunConfig to a run folder with a log, samples, checkpoints and a finished model."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from smalti.config import from_dict, to_dict
 from smalti.data import ImageSet, SampleOrder, Split, load_image_set, split
 from smalti.diffusion.levels import Schedule, build_schedule
 from smalti.errors import CheckpointError, ConfigError, PreemptedError
-from smalti.models import BackboneConfig, build_backbone
+from smalti.models import BackboneConfig, build_backbone, config_of
 from smalti.presets import parse_overrides, preset_config
 from smalti.report.images import save_grid
 from smalti.sampling import sample_latents
-from smalti.training.batches import BatchSource
 from smalti.training.baselines import Baselines, baselines, image_moments
+from smalti.training.batches import BatchSource
 from smalti.training.config import IDENTITY, RunConfig
 from smalti.training.device import resolve_device
 from smalti.training.ema import EMA, default_decay
@@ -38,10 +39,11 @@ PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 6
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run."""
+    """A finished run; the model holds the averaged weights."""
 
     out: Path
     model: nn.Module
+    ema_decay: float
     validation: StrataLoss | None
     baselines: Baselines | None
 
@@ -97,20 +99,29 @@ def train(config: RunConfig, *, on_step: Callable[[StepReport], None] | None = N
         PreemptedError: stopped on request; the run was saved and the same call continues it.
         SmaltiError: whatever else the user can mend.
     """
-    device = resolve_device(config.device)
-    images = load_image_set(config.data.path, config.data.image_size, skip_unreadable=config.data.skip_unreadable)
-    backbone_config = model_config(config, images)
-    if images.class_names and config.data.path and config.objective.label_dropout and not backbone_config.null_class:
-        raise ConfigError("label_dropout hides labels behind the null class: set null_class=true or label_dropout 0")
+    run, model = prepare_run(config)
     with RunLock(config.out):
-        _settle_config(config, images, backbone_config)
-        run = _prepare(config, device, images, backbone_config)
-        state = _new_state(run, backbone_config)
+        _settle_config(config, run.images, model)
+        state = new_state(run, model)
         store = CheckpointStore(config.out / "checkpoints", keep_last=config.keep_checkpoints, sole_writer=True)
         return _run(run, state, store, on_step)
 
 
-def _prepare(config: RunConfig, device: torch.device, images: ImageSet, model: BackboneConfig) -> Run:
+def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
+    """Load the images and settle everything that stays the same; nothing is written.
+
+    Raises:
+        SmaltiError: settings, images or the two together do not fit.
+    """
+    device = resolve_device(config.device)
+    images = load_image_set(config.data.path, config.data.image_size, skip_unreadable=config.data.skip_unreadable)
+    model = model_config(config, images)
+    if images.class_names and config.objective.label_dropout and not model.null_class:
+        raise ConfigError("label_dropout hides labels behind the null class: set null_class=true or label_dropout 0")
+    if images.class_names and model.num_classes < len(images.class_names):
+        raise ConfigError(
+            f"num_classes {model.num_classes} is less than the {len(images.class_names)} classes of the data"
+        )
     parts = split(images, config.data.validation_fraction, config.seed)
     schedule = build_schedule(config.objective.schedule, config.objective.num_train_timesteps)
     labels = images.class_labels if images.class_names else None
@@ -126,10 +137,11 @@ def _prepare(config: RunConfig, device: torch.device, images: ImageSet, model: B
     )
     held_out = parts.validation.tolist()
     triples = make_triples(images, held_out, schedule, config.seed) if held_out else None
-    return Run(config, device, images, parts, schedule, batches, triples)
+    return Run(config, device, images, parts, schedule, batches, triples), model
 
 
-def _new_state(run: Run, model: BackboneConfig) -> TrainState:
+def new_state(run: Run, model: BackboneConfig) -> TrainState:
+    """Step 0: weights drawn from the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(streams.key(run.config.seed, streams.INIT) & (2**63 - 1))
         network = build_backbone(model).to(run.device)
@@ -153,17 +165,18 @@ def _run(
         if lines is not None and stored is None:
             log.write("baseline", 0, constant=lines.constant.mean, linear=lines.linear.mean)
         loss: StrataLoss | None = None
-        since, since_step = time.monotonic(), state.step
+        since, since_step, losses = time.monotonic(), state.step, list[float]()
         for report in train_steps(state, run.batches, config):
             step, last = report.step, report.step == config.steps
             if on_step is not None:
                 on_step(report)
             progress.update(step, f"loss {report.loss:.4f}" + (f", validation {loss.mean:.4f}" if loss else ""))
+            losses += [] if report.skipped else [report.loss]
             if _due(step, config.log_every, last):
                 now = time.monotonic()
                 speed = (step - since_step) * config.batch_size / max(now - since, 1e-9)
-                since, since_step = now, step
-                log.write("train", **_values(report), images_per_second=round(speed, 2))
+                log.write("train", **_values(report, losses), images_per_second=round(speed, 2))
+                since, since_step, losses = now, step, []
             if run.triples is not None and _due(step, config.validate_every, last):
                 loss = validate(state.ema.model, run.triples, config.objective.prediction)
                 log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
@@ -180,7 +193,7 @@ def _run(
     if loss is None and run.triples is not None:
         loss = validate(state.ema.model, run.triples, config.objective.prediction)
     save_model(config.out / "model", state.ema.model, extra=model_extra(run, state.step))
-    return TrainResult(config.out, state.ema.model, loss, lines)
+    return TrainResult(config.out, state.ema.model, state.ema.decay, loss, lines)
 
 
 def model_extra(run: Run, step: int) -> dict[str, Any]:
@@ -206,7 +219,7 @@ def save_preview(run: Run, model: nn.Module, path: Path) -> None:
         schedule=run.schedule,
         config=run.config.preview,
         prediction=run.config.objective.prediction,
-        learned_variance=model.config.learned_variance,
+        learned_variance=config_of(model).learned_variance,
         null_class=run.batches.null_class,
         micro_batch=32,
         device=run.device,
@@ -223,11 +236,12 @@ def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (last or step % every == 0)
 
 
-def _values(report: StepReport) -> dict[str, Any]:
+def _values(report: StepReport, losses: list[float]) -> dict[str, Any]:
+    """One log line: the mean loss since the last line, the rest as of this step."""
     return {
         "step": report.step,
-        "loss": report.loss,
-        "grad_norm": report.grad_norm,
+        "loss": sum(losses) / len(losses) if losses else None,
+        "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,
         "learning_rate": report.learning_rate,
         "skipped": report.skipped,
     }

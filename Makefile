@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up everything they need: a virtual environment, pinned packages, smalti itself.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.smalti-installed
+# A second thread that spins while it waits costs more than it brings when the machine is busy.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup demo test lint gpu clean
+
+help:
+	@echo "make demo   train a small DiT on the shipped emoji (about 10 minutes on 2 cores) and write a page about it"
+	@echo "make test   run all tests"
+	@echo "make lint   layering, style and types"
+	@echo "make gpu    CUDA tests and benchmarks; says so and stops where there is no GPU"
+	@echo "make clean  remove the virtual environment (runs stay)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smalti needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first and by exact version: any other way to name it may bring gigabytes of CUDA packages
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/smalti demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/lint-imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu:
+	$(PYTHON) tools/gpu.py
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,98 @@
+"""The command `smalti`: verbs, each a frozen dataclass whose fields are its flags. A verb translates, nothing else."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from smalti.errors import ConfigError, SmaltiError
+
+# verb -> (module, class, what `smalti --help` says); modules load on use, so that help is instant
+VERBS: dict[str, tuple[str, str, str]] = {
+    "train": ("smalti.cli.train", "Train", "train a model on an image set or a folder; the same command continues it"),
+    "sample": ("smalti.cli.sample", "Sample", "draw images from a trained model"),
+    "presets": ("smalti.cli.presets", "Presets", "list the networks, with counted and published sizes and costs"),
+    "demo": ("smalti.cli.demo", "Demo", "train on the shipped emoji, sample, and write a page that shows it all"),
+    "data check": ("smalti.cli.data", "DataCheck", "look at every image of a folder before training on it"),
+    "data build": ("smalti.cli.data", "DataBuild", "make the larger emoji set from public packages"),
+}
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    0 done; 2 wrong flags; 64 wrong settings; 65 unusable data or checkpoint; 70 numbers not finite; 73 run folder in
+    use; 74 disk full; 75 stopped on request and saved, run again to continue. Anything else is a bug, with traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        from smalti import __version__
+
+        print(f"smalti {__version__}")
+        return 0
+    try:
+        verb, rest = _split_verb(arguments)
+        _run(verb, rest)
+    except SmaltiError as error:
+        print(f"smalti: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("smalti: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        verb = " ".join(arguments[:words])
+        if verb in VERBS:
+            return verb, arguments[words:]
+    group = [verb for verb in VERBS if verb.startswith(arguments[0] + " ")]
+    if group:
+        raise ConfigError(f"`smalti {arguments[0]}` needs one more word: {' or '.join(group)}")
+    from smalti.config import did_you_mean
+
+    raise ConfigError(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], VERBS)}; see `smalti --help`")
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    import tyro
+
+    module, name, _ = VERBS[verb]
+    command = getattr(import_module(module), name)
+    default = None
+    if hasattr(command, "from_file"):
+        path, arguments = _take_config(arguments)
+        default = command.from_file(path) if path is not None else None
+    config = tyro.cli(command, args=arguments, prog=f"smalti {verb}", default=default)
+    config.run()
+
+
+def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """`--config run.yaml` gives the defaults; it is taken out before the flags are read."""
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            if i + 1 == len(arguments):
+                raise ConfigError("--config needs the path of a YAML file")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith("--config="):
+            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+    return None, arguments
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  smalti {verb.ljust(width)}  {text}" for verb, (_, _, text) in VERBS.items()]
+    return "\n".join(
+        [
+            "smalti: diffusion backbones, each exact to its paper, on one laptop core or a GPU.",
+            "",
+            *lines,
+            "",
+            "`smalti VERB --help` lists a command's settings. A first picture in minutes: `smalti demo`.",
+        ]
+    )

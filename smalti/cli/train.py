@@ -1,0 +1,33 @@
+"""`smalti train`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from smalti.training.config import RunConfig
+from smalti.workflows.train import load_config, train
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model, or continue the run in --out: the same command again goes on where it stopped.
+
+    Settings may come from a file, `--config run.yaml`; flags change them. Every run folder holds its own config.yaml.
+    """
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+    @classmethod
+    def from_file(cls, path: str) -> "Train":
+        return cls(load_config(Path(path)))
+
+    def run(self) -> None:
+        result = train(self.config)
+        if result.validation is not None and result.baselines is not None:
+            print(
+                f"validation loss {result.validation.mean:.4f}; the best linear denoiser has "
+                f"{result.baselines.linear.mean:.4f}, the mean image {result.baselines.constant.mean:.4f}"
+            )
+        print(f"model in {result.out / 'model'}; draw from it with `smalti sample {result.out}`")

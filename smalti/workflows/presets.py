@@ -1,0 +1,90 @@
+"""`presets`: every network with what is counted here beside what its source prints."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from smalti.config import did_you_mean
+from smalti.cost.macs import count_macs, count_parameters
+from smalti.errors import ConfigError
+from smalti.presets import PRESETS, list_models
+
+
+@dataclass(frozen=True)
+class PresetRow:
+    """One line of the table. Parameters in numbers, multiply-adds in 10^9; None where the source is silent."""
+
+    name: str
+    title: str
+    sample_size: tuple[int, int]
+    parameters: int
+    trained: int
+    published_millions: float | None
+    gmacs: float
+    published_gmacs: float | None
+    source: str
+
+
+def preset_rows(pattern: str) -> Iterator[PresetRow]:
+    """Count every preset that matches, on the meta device: exact, and no memory for weights.
+
+    Raises:
+        ConfigError: no preset matches.
+    """
+    names = list_models(pattern)
+    if not names:
+        raise ConfigError(f"no preset matches {pattern!r}{did_you_mean(pattern, PRESETS)}")
+    for name in names:
+        preset = PRESETS[name]
+        parameters = count_parameters(preset.config)
+        yield PresetRow(
+            name=name,
+            title=preset.title,
+            sample_size=preset.config.sample_size,
+            parameters=parameters.total,
+            trained=parameters.trained,
+            published_millions=preset.published.parameters_m,
+            gmacs=round(count_macs(preset.config).giga, 4),
+            published_gmacs=preset.published.gmacs,
+            source=preset.source,
+        )
+
+
+def as_json(rows: Iterator[PresetRow]) -> str:
+    """One JSON object per line."""
+    return "\n".join(json.dumps(asdict(row)) for row in rows)
+
+
+def as_table(rows: Iterator[PresetRow]) -> str:
+    """For people."""
+    head = ("preset", "latents", "parameters", "trained", "published", "GMACs", "published", "apart", "source")
+    lines = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    notes = (
+        "parameters: with the fixed position table; trained: without. Published: millions, as printed.",
+        "GMACs: 10^9 multiply-adds of one forward of one image; the papers print this number and call it Gflops.",
+    )
+    return "\n".join(line.rstrip() for line in (*text, "", *notes))
+
+
+def _cells(row: PresetRow) -> tuple[str, ...]:
+    published = f"{row.published_millions:g} M" if row.published_millions is not None else ""
+    gmacs = f"{row.published_gmacs:.2f}" if row.published_gmacs is not None else ""
+    apart = _apart(row.gmacs, row.published_gmacs) if row.published_gmacs is not None else ""
+    size = "x".join(map(str, row.sample_size))
+    counted = (f"{row.parameters:,}", f"{row.trained:,}", published, f"{row.gmacs:.3f}", gmacs, apart)
+    return (row.name, size, *counted, row.source)
+
+
+def _apart(counted: float, published: float) -> str:
+    """Two decimals are all that the papers print, so small networks can only be compared as printed."""
+    return "as printed" if round(counted, 2) == published else f"{counted / published - 1:+.2%}"
+
+
+def _pad(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if 2 <= column <= 7 else cell.ljust(width)

@@ -1,0 +1,198 @@
+"""`sample`: from a stored model to images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from smalti import streams
+from smalti.checkpoints import load_bundle
+from smalti.config import did_you_mean, from_dict, to_dict
+from smalti.diffusion.levels import build_schedule
+from smalti.diffusion.objectives import ObjectiveConfig
+from smalti.errors import CheckpointError, ConfigError
+from smalti.models import BackboneConfig, config_of
+from smalti.presets import list_models
+from smalti.report.images import save_grid, save_image
+from smalti.sampling import SAMPLERS, SamplingConfig, sample_latents
+from smalti.training.device import resolve_device
+from smalti.workflows.progress import ProgressReport
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """Finished images in [-1, 1], with the label and the seed of each."""
+
+    images: Float[Tensor, "B 3 H W"]
+    class_labels: Int[Tensor, "B"] | None
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained network and what sampling must know about it."""
+
+    model: nn.Module
+    objective: ObjectiveConfig
+    class_names: tuple[str, ...]
+
+    @property
+    def config(self) -> BackboneConfig:
+        return config_of(self.model)
+
+    @property
+    def null_class(self) -> int | None:
+        c = self.config
+        return c.num_classes if c.num_classes and c.null_class else None
+
+
+def load_source(path: Path, device: torch.device) -> Source:
+    """A model folder, or a run folder with a finished model.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or says nothing about its diffusion.
+        ConfigError: the name of a preset was given, which has no weights.
+    """
+    if not path.exists() and list_models(str(path)):
+        raise ConfigError(f"{path} is a preset, a network without weights; train it first, or give a model folder")
+    bundle = load_bundle(path)
+    if "objective" not in bundle.extra:
+        raise CheckpointError(f"{path} does not say what its network predicts; it was not written by `smalti train`")
+    objective = from_dict(ObjectiveConfig, bundle.extra["objective"], f"{path}: objective")
+    return Source(bundle.model.to(device), objective, tuple(bundle.extra.get("class_names", ())))
+
+
+def read_classes(source: Source, wanted: Sequence[str], count: int, seeds: Sequence[int]) -> list[int] | None:
+    """One label per image: the wanted classes in turn, by number or name, or drawn from each seed when none is wanted.
+
+    Raises:
+        ConfigError: a class that the model does not have.
+    """
+    total = source.config.num_classes
+    if not total:
+        if wanted:
+            raise ConfigError("this model has no classes: leave --classes out")
+        return None
+    if not wanted:
+        return [streams.key(seed, streams.SAMPLE_LABEL) % total for seed in seeds]
+    labels = [_read_class(name, source.class_names, total) for name in wanted]
+    return [labels[i % len(labels)] for i in range(count)]
+
+
+def _read_class(name: str, class_names: tuple[str, ...], total: int) -> int:
+    if name in class_names:
+        return class_names.index(name)
+    try:
+        label = int(name)
+    except ValueError:
+        hint = did_you_mean(name, class_names) if class_names else ""
+        raise ConfigError(f"this model has no class {name!r}{hint}") from None
+    if not 0 <= label < total:
+        raise ConfigError(f"class {label} is out of range: this model has classes 0 to {total - 1}")
+    return label
+
+
+def sample(
+    source: Source,
+    seeds: Sequence[int],
+    class_labels: Sequence[int] | None,
+    config: SamplingConfig,
+    *,
+    micro_batch: int = 16,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, int, Any], None] | None = None,
+) -> Iterator[ImageBatch]:
+    """Images of the given seeds, in order; image i depends on its seed, its class and the settings alone."""
+    c = source.config
+    batches = sample_latents(
+        source.model,
+        seeds,
+        class_labels,
+        sample_shape=(c.in_channels, *c.sample_size),
+        schedule=build_schedule(source.objective.schedule, source.objective.num_train_timesteps),
+        config=config,
+        prediction=source.objective.prediction,
+        learned_variance=c.learned_variance,
+        null_class=source.null_class,
+        micro_batch=micro_batch,
+        device=device,
+        on_step=on_step,
+    )
+    return (ImageBatch(b.latents.cpu(), b.class_labels, b.seeds) for b in batches)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-49` or `3,7,20-29` as a list.
+
+    Raises:
+        ConfigError: not of that form, or empty.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f"seeds {text!r}: expected numbers and ranges such as 0-49 or 3,7,20-29")
+        stop = int(last) if dash else int(first)
+        if stop < int(first):
+            raise ConfigError(f"seeds {text!r}: the range {part} runs backwards")
+        seeds.extend(range(int(first), stop + 1))
+    return seeds
+
+
+def sample_to_folder(
+    model: Path,
+    out: Path,
+    *,
+    seeds: str,
+    classes: Sequence[str],
+    config: SamplingConfig,
+    micro_batch: int,
+    device: str,
+) -> Path:
+    """Write `SEED.png` for each seed, `grid.png` and `sample.yaml`; returns the path of the grid.
+
+    Raises:
+        SmaltiError: whatever the user can mend; nothing is written before all settings are known to be good.
+    """
+    where = resolve_device(device)
+    source = load_source(model, where)
+    numbers = parse_seeds(seeds)
+    labels = read_classes(source, classes, len(numbers), numbers)
+    settings = {
+        "model": str(model),
+        "seeds": seeds,
+        "class_labels": labels,
+        "sampling": to_dict(config),
+        # what else decides the bits
+        "micro_batch": micro_batch,
+        "device": str(where),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+    steps = SAMPLERS[config.sampler].evaluations(config.num_inference_steps)
+    batches_in_all = -(-len(numbers) // micro_batch)
+    images: list[Tensor] = []
+    with ProgressReport("sampling", batches_in_all * config.num_inference_steps, unit="steps") as progress:
+        batches = sample(
+            source,
+            numbers,
+            labels,
+            config,
+            micro_batch=micro_batch,
+            device=where,
+            on_step=lambda done, total, _: progress.update(done, f"{steps} evaluations an image"),
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        for batch in batches:
+            for image, seed in zip(batch.images, batch.seeds, strict=True):
+                save_image(image, out / f"{seed:06d}.png")
+            images.append(batch.images)
+    (out / "sample.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    everything = torch.cat(images)
+    save_grid(everything, out / "grid.png", columns=max(1, round(len(everything) ** 0.5)))
+    return out / "grid.png"
