@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 from torch import Tensor
 
-_forced: ContextVar[str] = ContextVar("forced_implementation", default="auto")
+# A plain global, because a compiler can read and guard it, which it cannot with a context variable.
+_forced = "auto"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Op:
         Raises:
             ValueError: there is no such implementation, or it cannot take these inputs.
         """
-        impl = _forced.get() if impl == "auto" else impl
+        impl = _forced if impl == "auto" else impl
         if impl == "auto":
             impl = next((name for name in self.fast if not self.refuses(name, args)), "reference")
         if impl == "reference":
@@ -52,9 +52,10 @@ class Op:
 
 @contextmanager
 def force(impl: str) -> Iterator[None]:
-    """Make every op inside the `with` use one implementation, for a test or a comparison."""
-    token = _forced.set(impl)
+    """Make every op of the process, in all threads, use one implementation while the `with` lasts."""
+    global _forced
+    before, _forced = _forced, impl
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from smalti.data import ImageSet
 from smalti.data.pixels import read_images
-from smalti.diffusion.prediction import add_noise, per_sample, target_weights
-from smalti.training.validation import StrataLoss, Triples, loss_of
+from smalti.diffusion.prediction import add_noise, x0_weights
+from smalti.training.validation import StrataLoss, Triples, by_stratum
 
 MAX_IMAGES = 4096
 SHRINKAGE = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
@@ -55,7 +55,9 @@ def image_moments(image_set: ImageSet, indices: list[int]) -> Moments:
 
 def baselines(moments: Moments, triples: Triples, prediction: str) -> Baselines:
     """Both lines for one set of triples."""
-    constant = loss_of(_constant(moments, triples, prediction), triples, prediction)
+    deviation = triples.x0.flatten(1).double() - moments.mean
+    scale = x0_weights(prediction, triples.levels.alpha, triples.levels.sigma)[1].double() ** -2
+    constant = by_stratum(deviation.square().mean(1) * scale, triples)
     linear, shrinkage = linear_denoiser_loss(moments, triples, prediction)
     return Baselines(constant, linear, shrinkage)
 
@@ -72,16 +74,21 @@ def linear_denoiser_loss(moments: Moments, triples: Triples, prediction: str) ->
     """
     x_t = add_noise(triples.x0, triples.eps, triples.levels).flatten(1).double()
     alpha, sigma = triples.levels.alpha[:, None], triples.levels.sigma[:, None]
-    deviation = x_t - alpha * moments.mean  # (N, P)
-    along = deviation @ moments.axes  # (N, R)
+    seen, wanted = x_t - alpha * moments.mean, triples.x0.flatten(1).double() - moments.mean  # (N, P)
+    seen_along, wanted_along = seen @ moments.axes, wanted @ moments.axes  # (N, R)
+    # What lies across the axes is only scaled, so three sums tell its error for any mixing share.
+    across = [(a * b).sum(1) - (c * d).sum(1) for a, b, c, d in _products(seen, wanted, seen_along, wanted_along)]
+    # An error of x0 shows in the prediction target divided by this weight, because x_t is known.
+    scale = x0_weights(prediction, triples.levels.alpha, triples.levels.sigma)[1].double() ** -2 / x_t.shape[1]
     average = moments.variances.sum() / moments.mean.numel()
     losses = []
     for share in SHRINKAGE:
         variances = (1 - share) * moments.variances + share * average
-        rest = alpha * share * average / (alpha**2 * share * average + sigma**2)
         gains = alpha * variances / (alpha**2 * variances + sigma**2)
-        x0 = moments.mean + rest * deviation + ((gains - rest) * along) @ moments.axes.T
-        losses.append(loss_of(_as_output(x0, x_t, triples, prediction), triples, prediction))
+        rest = (alpha * share * average / (alpha**2 * share * average + sigma**2))[:, 0]
+        errors = (gains * seen_along - wanted_along).square().sum(1)
+        errors += rest**2 * across[0] - 2 * rest * across[1] + across[2]
+        losses.append(by_stratum(errors * scale, triples))
     best = [min(range(len(SHRINKAGE)), key=lambda i: losses[i].strata[k]) for k in range(len(losses[0].strata))]
     strata = tuple(losses[i].strata[k] for k, i in enumerate(best))
     sizes = [int((triples.strata == k).sum()) for k in range(len(strata))]
@@ -89,16 +96,10 @@ def linear_denoiser_loss(moments: Moments, triples: Triples, prediction: str) ->
     return StrataLoss(mean, strata), tuple(SHRINKAGE[i] for i in best)
 
 
-def _constant(moments: Moments, triples: Triples, prediction: str) -> Tensor:
-    x_t = add_noise(triples.x0, triples.eps, triples.levels).flatten(1).double()
-    return _as_output(moments.mean.expand_as(x_t), x_t, triples, prediction)
-
-
-def _as_output(x0: Tensor, x_t: Tensor, triples: Triples, prediction: str) -> Tensor:
-    """An estimate of x0 as the prediction that a network would have to put out to mean the same."""
-    alpha, sigma = triples.levels.alpha, triples.levels.sigma
-    eps = (x_t - per_sample(alpha, x_t) * x0) / per_sample(sigma, x_t)
-    a, b = target_weights(prediction, alpha, sigma)
-    ones = torch.ones_like(alpha)
-    output = per_sample(a * ones, x_t) * x0 + per_sample(b * ones, x_t) * eps
-    return output.view_as(triples.x0)
+def _products(seen: Tensor, wanted: Tensor, seen_along: Tensor, wanted_along: Tensor) -> list[tuple[Tensor, ...]]:
+    """Pairs whose inner products are those of the whole vectors and of their parts along the axes."""
+    return [
+        (seen, seen, seen_along, seen_along),
+        (seen, wanted, seen_along, wanted_along),
+        (wanted, wanted, wanted_along, wanted_along),
+    ]

@@ -83,5 +83,9 @@ def validate(model: nn.Module, triples: Triples, prediction: str, *, batch_size:
 def loss_of(output: Float[Tensor, "N C H W"], triples: Triples, prediction: str) -> StrataLoss:
     """The loss of given predictions for all triples."""
     target = training_target(prediction, triples.x0, triples.eps, triples.levels)
-    errors = (output - target).square().flatten(1).double().mean(1)
+    return by_stratum((output - target).square().flatten(1).double().mean(1), triples)
+
+
+def by_stratum(errors: Float[Tensor, "N"], triples: Triples) -> StrataLoss:
+    """The mean of one error per triple, over all and over each stratum."""
     return StrataLoss(errors.mean().item(), tuple(errors[triples.strata == k].mean().item() for k in range(STRATA)))
