@@ -1,0 +1,34 @@
+"""The table of benchmarks, and the choice between them."""
+
+import importlib
+import sys
+
+from smalti.config import did_you_mean
+from smalti.errors import SmaltiError
+
+# Each is a module here with `main(arguments) -> exit code`.
+BENCHMARKS = {
+    "model": "any preset: parameters, GMACs, forward and training step in floors, peak memory",
+    "ops": "every op and twin: checked against its reference, then timed, with and without gradients",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark that the first argument names."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:8} {what}" for name, what in BENCHMARKS.items())
+        sys.stdout.write(f"usage: python -m benchmarks NAME [options]; NAME --help shows them\n\n{rows}\n")
+        return 0
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        sys.stderr.write(f"no benchmark {name!r}{did_you_mean(name, BENCHMARKS)}\n")
+        return 64
+    try:
+        return importlib.import_module(f"benchmarks.{name}").main(rest)
+    except SmaltiError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
