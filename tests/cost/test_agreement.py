@@ -39,6 +39,14 @@ def test_a_wrong_gradient_behind_a_right_output_is_caught():
     assert disagreement(wrong, "ours", ARGS, gradients=True).startswith("gradient 1 is off by")
 
 
+def test_a_gradient_that_cancels_to_nothing_is_measured_against_the_others():
+    # One token is all of its own mean: queries and keys do nothing, and rounding is all that their gradients hold.
+    args = attention.example(1, torch.float32, seed=2)
+    assert disagreement(attention, "matmul", args, gradients=True) == ""
+    wrong = variant(lambda q, k, v: attention.reference(q, k, v) + 1e-5 * (q - q.detach()))
+    assert disagreement(wrong, "ours", args, gradients=True).startswith("gradient 0 is off by")
+
+
 def test_nan_is_caught():
     wrong = variant(lambda q, k, v: attention.reference(q, k, v) * float("nan"))
     assert disagreement(wrong, "ours", ARGS, gradients=False).startswith("output is off by nan")
