@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.nn.conditioning import Modulation, modulate
-from smalti.ops import gelu_tanh
 
 
 class Grid(NamedTuple):
@@ -50,7 +50,7 @@ class MLP(nn.Module):
         self.fc2 = linear(inner, hidden_size)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Head(nn.Module):

@@ -2,8 +2,7 @@
 
 from smalti.ops.attention import attention
 from smalti.ops.dispatch import Op, force
-from smalti.ops.gelu_tanh import gelu_tanh
 
-OPS: dict[str, Op] = {op.name: op for op in (attention, gelu_tanh)}
+OPS: dict[str, Op] = {op.name: op for op in (attention,)}
 
-__all__ = ["OPS", "Op", "attention", "force", "gelu_tanh"]
+__all__ = ["OPS", "Op", "attention", "force"]
