@@ -74,14 +74,14 @@ class SampleOrder:
         train_indices: np.ndarray | Sequence[int],
         seed: int,
         class_balanced: bool = False,
-        labels: np.ndarray | None = None,
+        class_labels: np.ndarray | None = None,
     ) -> None:
         """
         Args:
             train_indices: images to draw from.
             class_balanced: draw every class equally often instead of every image. An epoch then is as long as before;
                 images of small classes come several times in it, and those of large classes come in later epochs.
-            labels: class labels of the *whole* image set; needed for `class_balanced` only.
+            class_labels: those of the *whole* image set; needed for `class_balanced` only.
 
         Raises:
             ConfigError: class-balanced order without labels.
@@ -94,11 +94,11 @@ class SampleOrder:
         if not self._indices:
             raise DataError("no training image to draw from; give a smaller validation fraction or more images")
         if class_balanced:
-            if labels is None or not len(labels):
+            if class_labels is None or not len(class_labels):
                 raise ConfigError("class-balanced order was asked for, but the image set has no classes; turn it off")
             members: dict[int, list[int]] = {}
             for index in self._indices:
-                members.setdefault(int(labels[index]), []).append(index)
+                members.setdefault(int(class_labels[index]), []).append(index)
             self._classes = [members[label] for label in sorted(members)]
 
     def __len__(self) -> int:

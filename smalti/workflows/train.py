@@ -125,7 +125,7 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
     parts = split(images, config.data.validation_fraction, config.seed)
     schedule = build_schedule(config.objective.schedule, config.objective.num_train_timesteps)
     labels = images.class_labels if images.class_names else None
-    order = SampleOrder(parts.train, config.seed, class_balanced=config.data.class_balanced, labels=labels)
+    order = SampleOrder(parts.train, config.seed, class_balanced=config.data.class_balanced, class_labels=labels)
     batches = BatchSource(
         image_set=images,
         order=order,

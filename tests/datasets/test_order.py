@@ -105,7 +105,7 @@ LABELS = np.array([0] * 50 + [1] * 7 + [2] * 3)
 
 
 def test_balanced_order_draws_all_classes_equally_often():
-    order = SampleOrder(range(60), seed=0, class_balanced=True, labels=LABELS)
+    order = SampleOrder(range(60), seed=0, class_balanced=True, class_labels=LABELS)
     drawn = [order.at(p)[1] for p in range(300)]
     assert Counter(LABELS[drawn].tolist()) == {0: 100, 1: 100, 2: 100}
     for start in range(0, 300, 3):
@@ -119,13 +119,13 @@ def test_balanced_order_draws_all_classes_equally_often():
 
 def test_balanced_order_takes_from_the_training_images_only():
     train = [i for i in range(60) if i % 2]
-    order = SampleOrder(train, seed=0, class_balanced=True, labels=LABELS)
+    order = SampleOrder(train, seed=0, class_balanced=True, class_labels=LABELS)
     assert {order.at(p)[1] for p in range(400)} == set(train)
     assert order.at(len(train) + 1)[0] == 1
 
 
 def test_balanced_order_has_random_access():
-    order = SampleOrder(range(60), seed=9, class_balanced=True, labels=LABELS)
+    order = SampleOrder(range(60), seed=9, class_balanced=True, class_labels=LABELS)
     forward = [order.at(p) for p in range(100)]
     assert [order.at(p) for p in reversed(range(100))] == forward[::-1]
 
@@ -134,4 +134,4 @@ def test_order_refuses_what_it_cannot_draw():
     with pytest.raises(DataError, match="no training image"):
         SampleOrder([], seed=0)
     with pytest.raises(ConfigError, match="no classes"):
-        SampleOrder([0], seed=0, class_balanced=True, labels=np.zeros(0, np.int64))
+        SampleOrder([0], seed=0, class_balanced=True, class_labels=np.zeros(0, np.int64))
