@@ -57,6 +57,7 @@ def check_format(document: Mapping[str, Any], name: str, version: int, where: st
 
 
 def smalti_version() -> str:
+    """The installed version, for what is written into files."""
     try:
         return metadata.version("smalti")
     except metadata.PackageNotFoundError:

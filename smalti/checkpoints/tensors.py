@@ -95,6 +95,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name to shape, the form in which two sets of weights are compared."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

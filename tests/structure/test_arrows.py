@@ -1,0 +1,91 @@
+"""Arrows point down, and a reader who starts at a backbone is soon at the bottom."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from smalti.models import BACKBONES
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "smalti"
+
+
+def test_import_linter_finds_no_arrow_that_points_up():
+    run = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 kept, 0 broken" in run.stdout
+
+
+def test_every_package_has_a_place_in_the_layers():
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    placed = {name.strip(" ()") for layer in contract["layers"] for name in layer.split("|")}
+    there = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    there |= {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert there == placed
+    assert not any("(" in layer for layer in contract["layers"]), "a package that exists needs no parentheses"
+
+
+def test_the_linter_would_see_an_arrow_that_points_up(tmp_path):
+    # The same contract over a copy with one wrong import: a check that cannot fail checks nothing.
+    copy = tmp_path / "smalti"
+    for path in PACKAGE.rglob("*.py"):
+        target = copy / path.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path.read_text())
+    with (copy / "nn" / "layers.py").open("a") as file:
+        file.write("\nimport smalti.diffusion.levels\n")
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    run = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert run.returncode == 1
+    assert "smalti.nn.layers -> smalti.diffusion.levels" in run.stdout
+
+
+def file_of(module):
+    """The file of a module of ours, or None."""
+    path = ROOT.joinpath(*module.split("."))
+    candidates = (path / "__init__.py", path.with_suffix(".py"))
+    return next((c for c in candidates if module.split(".")[0] == "smalti" and c.exists()), None)
+
+
+def imports_of(path):
+    """Files that a file's module-level imports name; imports inside functions are not on the reader's way."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {file_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {file_of(f"{node.module}.{alias.name}") or file_of(node.module) for alias in node.names}
+    return found - {None}
+
+
+def reached_from(path):
+    reached, todo = set(), [path]
+    while todo:
+        current = todo.pop()
+        if current not in reached:
+            reached.add(current)
+            todo += imports_of(current)
+    return reached
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_backbone_is_read_in_at_most_25_files_and_2500_lines(kind):
+    start = file_of(BACKBONES[kind].module.__module__)
+    files = reached_from(start)
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    names = sorted(str(path.relative_to(ROOT)) for path in files)
+    assert "smalti/ops/dispatch.py" in names, "the walk does not reach the bottom: is it still a walk?"
+    assert len(files) <= 25, names
+    assert lines <= 2500, names
