@@ -51,10 +51,8 @@ def sincos_2d(rows: int, columns: int, hidden_size: int) -> Float[Tensor, "N D"]
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     halves = []
-    for index in (
-        column,
-        row,
-    ):  # PARITY: column-first. The halves swap places with the axes that the released comments give them.
+    # PARITY: column-first. The released comments name the halves the other way round.
+    for index in (column, row):
         angle = index.flatten()[:, None].double() * omega  # (N, D/4)
         halves += [angle.sin(), angle.cos()]
     return torch.cat(halves, dim=1)
