@@ -11,7 +11,8 @@ class RunLog:
     """`log.jsonl` in the run folder, one line per event, steps strictly rising per kind of event.
 
     Args:
-        step: the step that the run continues from; lines of later steps, and a line torn by a kill, are dropped.
+        step: the step that the run continues from, -1 for a fresh start; lines of later steps, and a line torn by a
+            kill, are dropped.
         tensorboard: also write scalars to `tensorboard/`; the package must be installed.
     """
 
@@ -24,9 +25,7 @@ class RunLog:
             repaired.replace(self.path)
             self._file = self.path.open("a", buffering=1)
         except OSError as error:
-            raise StorageError(
-                f"{self.path} cannot be written: {error.strerror}; free space or choose another --out"
-            ) from error
+            raise _cannot_write(self.path, error) from error
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # heavy, optional
@@ -35,7 +34,10 @@ class RunLog:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One event: `train` (loss, gradient norm, rate, speed), `validation` (loss, strata) or `baseline`."""
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        try:
+            self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -45,6 +47,13 @@ class RunLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _cannot_write(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path} cannot be written: {error.strerror or error}; what was stored before is untouched: free space or "
+        "choose another --out"
+    )
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -160,7 +160,8 @@ def _run(
             state.restore(stored)
             progress.note(f"continuing {config.out} at step {state.step}")
             progress.continue_from(state.step)
-        log = RunLog(config.out, state.step, tensorboard=tensorboard_installed())
+        # Without a checkpoint nothing of an earlier try counts, not even its step 0.
+        log = RunLog(config.out, state.step if stored is not None else -1, tensorboard=tensorboard_installed())
         lines = _baselines(run) if run.triples is not None else None
         if lines is not None and stored is None:
             log.write("baseline", 0, constant=lines.constant.mean, linear=lines.linear.mean)
