@@ -50,11 +50,13 @@ class TrainState:
         try:
             self.model.load_state_dict(stored.tensors["model"])
             self.ema.model.load_state_dict(stored.tensors["ema"])
+            optimizer = stored.tensors["optimizer"]
+            step, skipped = int(stored.state["step"]), tuple(stored.state["skipped"])
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{stored.path} is a checkpoint of another model: {_one_line(error)}") from error
         names = {name: parameter for parameter, name in self._parameter_names().items()}
         states: dict[Tensor, dict[str, Tensor]] = {}
-        for full_name, value in stored.tensors["optimizer"].items():
+        for full_name, value in optimizer.items():
             name, key = full_name.rsplit(".", 1)
             if name not in names:
                 raise CheckpointError(f"{stored.path}: optimizer state of an unknown parameter {name!r}")
@@ -63,8 +65,7 @@ class TrainState:
             states.setdefault(target, {})[key] = value.to(target.device)
         self.optimizer.state.clear()
         self.optimizer.state.update(states)
-        self.step = int(stored.state["step"])
-        self.skipped = tuple(stored.state["skipped"])
+        self.step, self.skipped = step, skipped
 
     def _parameter_names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -48,7 +48,8 @@ def make_triples(image_set: ImageSet, indices: list[int], schedule: Schedule, se
     The uniform spread over the noise range is on purpose also where training prefers some levels.
     """
     rounds = max(1, min(STRATA, MAX_TRIPLES // len(indices)))
-    chosen = indices[:MAX_TRIPLES]
+    count = min(len(indices), MAX_TRIPLES)
+    chosen = [indices[k * len(indices) // count] for k in range(count)]  # from end to end: sets are sorted by class
     rows = [
         (place, image, (place + r * (STRATA // rounds)) % STRATA)
         for r in range(rounds)
