@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.data import to_uint8
+from smalti.errors import StorageError
 
 
 def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:
@@ -30,20 +31,35 @@ def grid(images: Float[Tensor, "N 3 H W"], *, columns: int, gap: int = 2) -> Ima
 
 
 def save_grid(images: Float[Tensor, "N 3 H W"], path: Path, *, columns: int) -> None:
-    """A grid as PNG; small images are enlarged by a whole number, without smoothing, so that they can be looked at."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A grid as PNG; small images are enlarged by a whole number, without smoothing, so that they can be looked at.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
     sheet = grid(images, columns=columns)
     factor = max(1, 800 // max(sheet.size))
-    temporary = path.with_suffix(".tmp")
-    sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST).save(temporary, format="PNG")
-    temporary.replace(path)
+    _save(sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST), path)
 
 
 def save_image(image: Float[Tensor, "3 H W"], path: Path) -> None:
-    """One PNG in the image's own size; a reader never meets half of it."""
+    """One PNG in the image's own size; a reader never meets half of it.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    _save(to_pil(image), path)
+
+
+def _save(image: Image.Image, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
-    to_pil(image).save(temporary, format="PNG")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(temporary, format="PNG")
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror or error}; free space or choose another --out"
+        ) from error
 
 
 def data_url(image: Image.Image) -> str:

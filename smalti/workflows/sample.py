@@ -135,13 +135,17 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not _is_number(first) or (dash and not _is_number(last)):
             raise ConfigError(f"seeds {text!r}: expected numbers and ranges such as 0-49 or 3,7,20-29")
         stop = int(last) if dash else int(first)
         if stop < int(first):
             raise ConfigError(f"seeds {text!r}: the range {part} runs backwards")
         seeds.extend(range(int(first), stop + 1))
     return seeds
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def sample_to_folder(
@@ -160,8 +164,12 @@ def sample_to_folder(
         SmaltiError: whatever the user can mend; nothing is written before all settings are known to be good.
     """
     where = resolve_device(device)
-    source = load_source(model, where)
     numbers = parse_seeds(seeds)
+    if micro_batch < 1:
+        raise ConfigError(f"micro_batch must be at least 1, got {micro_batch}")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder")
+    source = load_source(model, where)
     labels = read_classes(source, classes, len(numbers), numbers)
     settings = {
         "model": str(model),
@@ -187,7 +195,6 @@ def sample_to_folder(
             device=where,
             on_step=lambda done, total, _: progress.update(done, f"{steps} evaluations an image"),
         )
-        out.mkdir(parents=True, exist_ok=True)
         for batch in batches:
             for image, seed in zip(batch.images, batch.seeds, strict=True):
                 save_image(image, out / f"{seed:06d}.png")
