@@ -1,5 +1,7 @@
 """The command `smalti`: verbs, each a frozen dataclass whose fields are its flags. A verb translates, nothing else."""
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -68,8 +70,24 @@ def _run(verb: str, arguments: list[str]) -> None:
     if hasattr(command, "from_file"):
         path, arguments = _take_config(arguments)
         default = command.from_file(path) if path is not None else None
-    config = tyro.cli(command, args=arguments, prog=f"smalti {verb}", default=default)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(command, args=arguments, prog=f"smalti {verb}", default=default)
+    except SystemExit as end:
+        # A value that a nested config refuses would come as a box in tyro's words; it is one line of ours.
+        if (error := _refusal(end)) is not None:
+            raise error from None
+        sys.stderr.write(said.getvalue())
+        raise
     config.run()
+
+
+def _refusal(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError on the way to this error, if there is one."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
