@@ -8,6 +8,7 @@ from smalti.errors import SmaltiError
 
 # Each is a module here with `main(arguments) -> exit code`.
 BENCHMARKS = {
+    "ema": "how long the weight average should remember, by validation loss of one short run",
     "model": "any preset: parameters, GMACs, forward and training step in floors, peak memory",
     "ops": "every op and twin: checked against its reference, then timed, with and without gradients",
 }

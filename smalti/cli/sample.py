@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -24,6 +24,8 @@ class Sample:
     """Folder for the images."""
     micro_batch: int = 16
     """Images at once; part of what makes the bits, so it is recorded."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is faster on GPUs and on CPUs with bf16 units; part of what makes the bits."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     sampling: SamplingConfig = field(
@@ -40,5 +42,6 @@ class Sample:
             config=self.sampling,
             micro_batch=self.micro_batch,
             device=self.device,
+            precision=self.precision,
         )
         print(grid)

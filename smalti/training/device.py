@@ -1,4 +1,6 @@
-"""Where a run computes."""
+"""Where a run computes, and in which precision."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -23,3 +25,14 @@ def resolve_device(name: str) -> torch.device:
     if not there.get(device.type, False):
         raise ConfigError(f"device {name!r} is not available on this machine; use --device auto")
     return device
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What the matrix products of a run compute in, where that is not the dtype of the weights."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context in which a network runs at this precision; weights stay float32."""
+    dtype = autocast_dtype(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

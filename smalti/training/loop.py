@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from smalti.errors import NumericError
 from smalti.models import config_of
 from smalti.training.batches import BatchSource, TrainBatch
 from smalti.training.config import RunConfig
+from smalti.training.device import autocast
 from smalti.training.optim import learning_rate
 from smalti.training.state import TrainState
 
@@ -79,11 +79,6 @@ def _loss(
             learned_variance=config_of(state.model).learned_variance,
         )
     return losses.loss.sum()
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which a network runs at this precision; weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def _note_skip(state: TrainState) -> None:

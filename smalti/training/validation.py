@@ -11,9 +11,10 @@ from smalti.data import ImageSet
 from smalti.data.pixels import read_images
 from smalti.diffusion.levels import LevelBatch, Schedule
 from smalti.diffusion.prediction import add_noise, training_target
+from smalti.training.device import autocast
 
 STRATA = 8
-MAX_TRIPLES = 2048
+MAX_TRIPLES = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,10 @@ def make_triples(image_set: ImageSet, indices: list[int], schedule: Schedule, se
 
 
 @torch.no_grad()
-def validate(model: nn.Module, triples: Triples, prediction: str, *, batch_size: int = 64) -> StrataLoss:
-    """The loss of a network on the triples, unweighted, in the network's own precision."""
+def validate(
+    model: nn.Module, triples: Triples, prediction: str, *, precision: str = "fp32", batch_size: int = 64
+) -> StrataLoss:
+    """The loss of a network on the triples, unweighted, run in the given precision."""
     device = next(model.parameters()).device
     x_t = add_noise(triples.x0, triples.eps, triples.levels)
     outputs = []
@@ -77,7 +80,9 @@ def validate(model: nn.Module, triples: Triples, prediction: str, *, batch_size:
         part = slice(start, start + batch_size)
         labels = None if triples.class_labels is None else triples.class_labels[part].to(device)
         timesteps = triples.levels.timesteps[part].float().to(device)
-        outputs.append(model(x_t[part].to(device), timesteps, labels)[:, : triples.x0.shape[1]].float().cpu())
+        with autocast(device, precision):
+            output = model(x_t[part].to(device), timesteps, labels)
+        outputs.append(output[:, : triples.x0.shape[1]].float().cpu())
     return loss_of(torch.cat(outputs), triples, prediction)
 
 

@@ -187,6 +187,7 @@ def _samples(config: RunConfig, result: TrainResult) -> tuple[list[ClassRow], Ne
             config.preview,
             micro_batch=30,
             device=device,
+            precision=config.precision,
             on_step=lambda done, total, _: progress.update(done),
         )
         samples = torch.cat([batch.images for batch in batches])

@@ -20,7 +20,7 @@ from smalti.models import BackboneConfig, config_of
 from smalti.presets import list_models
 from smalti.report.images import save_grid, save_image
 from smalti.sampling import SAMPLERS, SamplingConfig, sample_latents
-from smalti.training.device import resolve_device
+from smalti.training.device import autocast_dtype, resolve_device
 from smalti.workflows.progress import ProgressReport
 
 
@@ -105,6 +105,7 @@ def sample(
     *,
     micro_batch: int = 16,
     device: torch.device | str = "cpu",
+    precision: str = "fp32",
     on_step: Callable[[int, int, Any], None] | None = None,
 ) -> Iterator[ImageBatch]:
     """Images of the given seeds, in order; image i depends on its seed, its class and the settings alone."""
@@ -121,6 +122,7 @@ def sample(
         null_class=source.null_class,
         micro_batch=micro_batch,
         device=device,
+        autocast=autocast_dtype(precision),
         on_step=on_step,
     )
     return (ImageBatch(b.latents.cpu(), b.class_labels, b.seeds) for b in batches)
@@ -157,6 +159,7 @@ def sample_to_folder(
     config: SamplingConfig,
     micro_batch: int,
     device: str,
+    precision: str = "fp32",
 ) -> Path:
     """Write `SEED.png` for each seed, `grid.png` and `sample.yaml`; returns the path of the grid.
 
@@ -178,6 +181,7 @@ def sample_to_folder(
         "sampling": to_dict(config),
         # what else decides the bits
         "micro_batch": micro_batch,
+        "precision": precision,
         "device": str(where),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -193,6 +197,7 @@ def sample_to_folder(
             config,
             micro_batch=micro_batch,
             device=where,
+            precision=precision,
             on_step=lambda done, total, _: progress.update(done, f"{steps} evaluations an image"),
         )
         for batch in batches:

@@ -24,7 +24,7 @@ from smalti.sampling import sample_latents
 from smalti.training.baselines import Baselines, baselines, image_moments
 from smalti.training.batches import BatchSource
 from smalti.training.config import IDENTITY, RunConfig
-from smalti.training.device import resolve_device
+from smalti.training.device import autocast_dtype, resolve_device
 from smalti.training.ema import EMA, default_decay
 from smalti.training.log import RunLog, tensorboard_installed
 from smalti.training.loop import StepReport, train_steps
@@ -179,7 +179,7 @@ def _run(
                 log.write("train", **_values(report, losses), images_per_second=round(speed, 2))
                 since, since_step, losses = now, step, []
             if run.triples is not None and _due(step, config.validate_every, last):
-                loss = validate(state.ema.model, run.triples, config.objective.prediction)
+                loss = validate(state.ema.model, run.triples, config.objective.prediction, precision=config.precision)
                 log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
             if _due(step, config.sample_every, last):
                 save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
@@ -192,7 +192,7 @@ def _run(
                 )
         log.close()
     if loss is None and run.triples is not None:
-        loss = validate(state.ema.model, run.triples, config.objective.prediction)
+        loss = validate(state.ema.model, run.triples, config.objective.prediction, precision=config.precision)
     save_model(config.out / "model", state.ema.model, extra=model_extra(run, state.step))
     return TrainResult(config.out, state.ema.model, state.ema.decay, loss, lines)
 
@@ -224,6 +224,7 @@ def save_preview(run: Run, model: nn.Module, path: Path) -> None:
         null_class=run.batches.null_class,
         micro_batch=32,
         device=run.device,
+        autocast=autocast_dtype(run.config.precision),
     )
     save_grid(torch.cat([batch.latents.cpu() for batch in batches]), path, columns=PREVIEW_COLUMNS)
 

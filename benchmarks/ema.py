@@ -1,0 +1,52 @@
+"""How long the weight average should remember: one short run, several decays beside each other.
+
+The run is the demo's recipe with fewer steps. Every decay sees the same weights at every step; decays are given as the
+share of the run that the average remembers, and as the 0.9999 of the papers.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.record import Recorder, add_common_options, positive, prepare, table
+from smalti.training.ema import EMA, HORIZON, default_decay
+from smalti.training.loop import train_steps
+from smalti.training.validation import validate
+from smalti.workflows.demo import recipe
+from smalti.workflows.train import new_state, prepare_run
+
+SHARES = (0.01, 0.02, 0.04, 0.08, 0.16)
+PAPERS = 0.9999
+
+
+def main(arguments: list[str]) -> int:
+    """Train once, print one line per decay and one for the weights themselves."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks ema", description=__doc__)
+    parser.add_argument("--steps", type=positive, default=600, help="length of the run (default 600)")
+    add_common_options(parser)
+    options = parser.parse_args(arguments)
+    device = prepare(options)
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(recipe(Path(folder), seed=0), steps=options.steps, precision=options.precision[0])
+        run, model = prepare_run(replace(config, device=str(device)))
+        assert run.triples is not None
+        state = new_state(run, model)
+        decays = {f"{share:g} of the run": 1 - 1 / max(1.0, share * options.steps) for share in SHARES}
+        averages = {name: EMA(state.model, decay) for name, decay in (decays | {"the papers'": PAPERS}).items()}
+        # The released update has no warm-up: it begins at the initial weights and keeps 0.9999 of them at each step.
+        averages["the papers', no warm-up"] = EMA(state.model, PAPERS)
+        for report in train_steps(state, run.batches, config):
+            for name, average in averages.items():
+                average.update(state.model, sys.maxsize if name.endswith("no warm-up") else report.step - 1)
+        recorder = Recorder("ema", device, options.out)
+        prediction = config.objective.prediction
+        recorder.add(average="none", decay=0.0, loss=validate(state.model, run.triples, prediction).mean)
+        for name, average in averages.items():
+            recorder.add(average=name, decay=average.decay, loss=validate(average.model, run.triples, prediction).mean)
+    chosen = f"default for {options.steps} steps: {default_decay(options.steps):.5f} ({HORIZON:g} of the run)"
+    sys.stdout.write(f"\n{chosen}\n")
+    rows = [(row["average"], f"{row['decay']:.5f}", f"{row['loss']:.5f}") for row in recorder.rows]
+    sys.stdout.write(table(("average over", "decay", "validation loss"), rows))
+    return 0
