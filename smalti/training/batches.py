@@ -11,6 +11,7 @@ from smalti.data import ImageSet, SampleOrder, load_batch
 from smalti.diffusion.labels import drop_labels, drop_mask
 from smalti.diffusion.levels import LevelBatch, Schedule
 from smalti.diffusion.objectives import ObjectiveConfig, draw_levels
+from smalti.diffusion.timesteps import keyed_uniforms
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +49,10 @@ class BatchSource:
         images = load_batch(self.image_set, self.order, positions, flip=self.flip, seed=self.seed)
         labels = images.class_labels
         if labels is not None and self.null_class is not None:
-            dropped = drop_mask(self._uniforms(streams.LABEL_DROP, positions), self.objective.label_dropout)
+            dropped = drop_mask(keyed_uniforms(self.seed, streams.LABEL_DROP, positions), self.objective.label_dropout)
             labels = drop_labels(labels, dropped, self.null_class)
-        levels = draw_levels(self.schedule, self.objective, self._uniforms(streams.TIMESTEP, positions))
+        levels = draw_levels(self.schedule, self.objective, keyed_uniforms(self.seed, streams.TIMESTEP, positions))
         return TrainBatch(images.images, labels, self._noise(positions, images.images), levels)
-
-    def _uniforms(self, stream: int, positions: range) -> Tensor:
-        return torch.tensor([streams.uniform(self.seed, stream, p) for p in positions], dtype=torch.float64)
 
     def _noise(self, positions: range, like: Tensor) -> Tensor:
         eps = torch.empty_like(like)

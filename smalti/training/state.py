@@ -60,9 +60,10 @@ class TrainState:
             name, key = full_name.rsplit(".", 1)
             if name not in names:
                 raise CheckpointError(f"{stored.path}: optimizer state of an unknown parameter {name!r}")
-            # Counters of the fused optimizer stay float32 scalars; the averages follow their parameter.
             target = names[name]
-            states.setdefault(target, {})[key] = value.to(target.device)
+            # Only the fused kernel counts its steps on the device.
+            device = target.device if key != "step" or self.optimizer.defaults["fused"] else torch.device("cpu")
+            states.setdefault(target, {})[key] = value.to(device)
         self.optimizer.state.clear()
         self.optimizer.state.update(states)
         self.step, self.skipped = step, skipped

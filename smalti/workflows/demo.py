@@ -31,7 +31,7 @@ from smalti.workflows.train import TrainResult, load_config, new_state, prepare_
 
 SAMPLES_PER_CLASS = 10
 TRAINING_SHARE = 0.86  # of the budget; the rest is validation, previews, the final samples and the page
-TIMED_STEPS = 5
+TIMED_STEPS = 4
 SNAPSHOTS = 6
 
 
@@ -49,7 +49,7 @@ def recipe(out: Path, seed: int) -> RunConfig:
         ),
         batch_size=32,
         seed=seed,
-        preview=SamplingConfig(sampler="dpm-solver++", num_inference_steps=20, guidance_scale=2.0),
+        preview=SamplingConfig(sampler="dpm-solver++", num_inference_steps=20, guidance_scale=2.0, clip_x0=True),
     )
 
 
@@ -110,7 +110,7 @@ def _page(config: RunConfig, result: TrainResult, seconds: float) -> RunPage:
     assert result.validation is not None
     assert result.baselines is not None
     log = read_log(config.out)
-    training = [(e["step"], e["loss"]) for e in log if e["event"] == "train"]
+    training = [(e["step"], e["loss"]) for e in log if e["event"] == "train" and e["loss"] is not None]
     validation = [(e["step"], e["loss"]) for e in log if e["event"] == "validation"]
     minutes = (
         sum(config.log_every * config.batch_size / e["images_per_second"] for e in log if e["event"] == "train") / 60
@@ -156,7 +156,7 @@ def _page(config: RunConfig, result: TrainResult, seconds: float) -> RunPage:
             (f"{minutes:.1f} min", "of training"),
             (f"{config.steps:,}", f"steps of {config.batch_size} images"),
             (f"{parameters / 1e6:.1f} M", "parameters"),
-            (config.precision, f"on {torch.get_num_threads()} CPU threads"),
+            (config.precision, f"on {_machine(config)}"),
         ],
         rows=rows,
         snapshots=_snapshots(config),
@@ -233,6 +233,11 @@ def _settings(config: RunConfig, result: TrainResult, seconds: float) -> Sequenc
         ("sampler", f"{sampling.sampler}, {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}"),
         ("data", f"{config.data.path}, {config.data.validation_fraction:g} of the names held out, seed {config.seed}"),
         ("this call took", f"{seconds / 60:.1f} minutes, set-up aside"),
-        ("machine", f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"),
+        ("machine", f"{platform.machine()} {platform.system()}, {_machine(config)}"),
         ("versions", f"smalti {__version__}, torch {torch.__version__}, Python {platform.python_version()}"),
     ]
+
+
+def _machine(config: RunConfig) -> str:
+    device = resolve_device(config.device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)

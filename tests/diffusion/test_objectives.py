@@ -241,11 +241,11 @@ def test_logit_normal_stays_inside_for_the_extreme_uniforms():
     assert (got < 1).all()
 
 
-def test_keyed_uniforms_depend_on_step_and_place_only():
-    whole = keyed_uniforms(7, streams.TIMESTEP, 12, range(8))
-    assert torch.equal(torch.cat([keyed_uniforms(7, streams.TIMESTEP, 12, r) for r in (range(3), range(3, 8))]), whole)
-    assert not torch.equal(keyed_uniforms(7, streams.TIMESTEP, 13, range(8)), whole)
-    assert not torch.equal(keyed_uniforms(8, streams.TIMESTEP, 12, range(8)), whole)
+def test_keyed_uniforms_depend_on_seed_stream_and_position_only():
+    whole = keyed_uniforms(7, streams.TIMESTEP, range(8))
+    assert torch.equal(torch.cat([keyed_uniforms(7, streams.TIMESTEP, r) for r in (range(3), range(3, 8))]), whole)
+    assert not torch.equal(keyed_uniforms(7, streams.LABEL_DROP, range(8)), whole)
+    assert not torch.equal(keyed_uniforms(8, streams.TIMESTEP, range(8)), whole)
     assert ((whole >= 0) & (whole < 1)).all()
 
 
