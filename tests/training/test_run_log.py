@@ -1,0 +1,116 @@
+import importlib.util
+import json
+
+import pytest
+
+from smalti.errors import StorageError
+from smalti.training.log import RunLog, read_log, tensorboard_installed
+
+
+def write(folder, steps, *, start=-1, tensorboard=False):
+    log = RunLog(folder, start, tensorboard=tensorboard)
+    for step in steps:
+        log.write("train", step, loss=1 / step, skipped=False)
+    log.close()
+
+
+def steps(folder):
+    return [line["step"] for line in read_log(folder)]
+
+
+def test_every_event_is_one_line_of_json(tmp_path):
+    write(tmp_path, [1, 2])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"event": "train", "step": 1, "loss": 1.0, "skipped": False},
+        {"event": "train", "step": 2, "loss": 0.5, "skipped": False},
+    ]
+    assert read_log(tmp_path) == lines
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    log = RunLog(tmp_path, -1, tensorboard=False)
+    log.write("train", 1, loss=1.0)
+    assert steps(tmp_path) == [1]
+    log.close()
+
+
+def test_a_run_without_log_reads_as_empty(tmp_path):
+    assert read_log(tmp_path) == []
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_last_line_torn_by_a_kill_is_left_out_and_then_repaired(tmp_path, cut):
+    write(tmp_path, [1, 2, 3])
+    path = tmp_path / "log.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    kept = [1, 2] if cut > 1 else [1, 2, 3]  # without its line break the last line is still whole
+    assert steps(tmp_path) == kept
+    write(tmp_path, [3 if cut > 1 else 4], start=kept[-1])
+    assert steps(tmp_path) == [*kept, kept[-1] + 1]
+    assert path.read_text().count("\n") == len(kept) + 1
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == steps(tmp_path)
+
+
+def test_lines_after_the_step_to_continue_from_are_dropped(tmp_path):
+    write(tmp_path, range(1, 8))
+    write(tmp_path, [4, 5], start=3)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_fresh_start_keeps_nothing_not_even_step_0(tmp_path):
+    log = RunLog(tmp_path, -1, tensorboard=False)
+    log.write("baseline", 0, constant=1.0)
+    log.close()
+    RunLog(tmp_path, 0, tensorboard=False).close()
+    assert steps(tmp_path) == [0]
+    RunLog(tmp_path, -1, tensorboard=False).close()
+    assert steps(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"log\.jsonl cannot be written") as caught:
+        RunLog(tmp_path / "file", -1, tensorboard=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    log = RunLog(tmp_path, -1, tensorboard=False)
+    log._file.close()
+    log._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    with pytest.raises(StorageError, match="No space left on device; what was stored before is untouched"):
+        log.write("train", 1, loss=1.0)
+    with pytest.raises(OSError):
+        log.close()  # what could not be written is still in its buffer
+
+
+def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path):
+    pytest.importorskip("tensorboard")
+    assert tensorboard_installed()
+    write(tmp_path, [1, 2], tensorboard=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss", "train/skipped"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
+
+
+def test_after_a_restart_tensorboard_shows_every_step_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    write(tmp_path, [1, 2, 3], tensorboard=True)
+    write(tmp_path, [3, 4], start=2, tensorboard=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_without_tensorboard_the_json_log_stands_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not tensorboard_installed()
+    write(tmp_path, [1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl"]
