@@ -1,12 +1,11 @@
 """Load weights in the released DiT layout and draw with the released settings. Usage: 03_load_official.py WEIGHTS
 
-WEIGHTS is a state dict of facebookresearch/DiT saved as safetensors. Without one, made-up weights of a tiny network show
-the way.
+WEIGHTS is a state dict of facebookresearch/DiT saved as safetensors. Without one, made-up weights of a tiny network
+show the way.
 """
 
 import sys
 
-import torch
 from safetensors.torch import load_file
 
 import smalti
