@@ -44,9 +44,12 @@ class RunLog:
                     self._board.add_scalar(f"{event}/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what could not be written is tried again here
+            raise _cannot_write(self.path, error) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:

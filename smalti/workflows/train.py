@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def _run(
     run: Run, state: TrainState, store: CheckpointStore, on_step: Callable[[StepReport], None] | None
 ) -> TrainResult:
     config = run.config
-    with StopRequest() as stop, ProgressReport("training", config.steps) as progress:
+    with StopRequest() as stop, ProgressReport("training", config.steps) as progress, ExitStack() as at_end:
         stored = store.load_newest(on_skip=lambda reason: progress.note(f"passed over {reason}"))
         if stored is not None:
             state.restore(stored)
@@ -162,6 +163,7 @@ def _run(
             progress.continue_from(state.step)
         # Without a checkpoint nothing of an earlier try counts, not even its step 0.
         log = RunLog(config.out, state.step if stored is not None else -1, tensorboard=tensorboard_installed())
+        at_end.callback(log.close)
         lines = _baselines(run) if run.triples is not None else None
         if lines is not None and stored is None:
             log.write("baseline", 0, constant=lines.constant.mean, linear=lines.linear.mean)
@@ -186,11 +188,9 @@ def _run(
             if _due(step, config.checkpoint_every, last) or stop.received:
                 store.save(step, state.tensors(), state.counters())
             if stop.received and not last:
-                log.close()
                 raise PreemptedError(
                     f"stopped by {stop.received.name} and saved at step {step}; the same command continues {config.out}"
                 )
-        log.close()
     if loss is None and run.triples is not None:
         loss = validate(state.ema.model, run.triples, config.objective.prediction, precision=config.precision)
     save_model(config.out / "model", state.ema.model, extra=model_extra(run, state.step))
