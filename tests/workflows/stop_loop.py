@@ -1,0 +1,245 @@
+"""Run by test_stopping.py in a process of its own, because it forks: kill and stop one small run at random moments.
+
+Prints one JSON object. The parent imports torch once and forks per attempt; every child runs the real command in
+process and reports each finished step through a pipe. Only the last kills go through a new Python each.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tiny_runs import flags, write_set
+
+import smalti.workflows.train as workflow
+from smalti.checkpoints import CheckpointStore
+from smalti.cli import main
+from smalti.training.log import read_log
+
+INTERRUPTED, STOPPED = 130, 75
+
+
+class Child:
+    """One attempt: `smalti train` in a fork, with a pipe that tells of every finished step."""
+
+    def __init__(self, arguments, log, prepare=lambda: None):
+        self.reader, writer = os.pipe()
+        self.steps = []
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                os.close(self.reader)
+                code = self._train(arguments, log, writer, prepare)
+            finally:
+                os._exit(code)
+        os.close(writer)
+
+    def _train(self, arguments, log, writer, prepare):
+        real = workflow.train_steps
+
+        def told(*args):
+            for report in real(*args):
+                os.write(writer, struct.pack("q", report.step))
+                yield report
+
+        workflow.train_steps = told
+        workflow.tensorboard_installed = lambda: False  # an import of seconds; the real command below has it
+        prepare()
+        with log.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            return main(arguments)
+
+    def wait_for_steps(self, count):
+        """Until `count` more steps are finished; False if the child ended before."""
+        for _ in range(count):
+            data = os.read(self.reader, 8)
+            if len(data) < 8:
+                return False
+            self.steps += struct.unpack("q", data)
+        return True
+
+    def end(self, number=None):
+        """Send a signal if one is given, then the exit code (negative: killed by that signal)."""
+        if number is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+        data = b"".join(iter(lambda: os.read(self.reader, 1 << 16), b""))
+        self.steps += [step for (step,) in struct.iter_unpack("q", data)]
+        os.close(self.reader)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def state_of(out):
+    """Digest of every byte that a finished run consists of: weights, average, optimizer, counters, model."""
+    newest = CheckpointStore(out / "checkpoints").load_newest(on_skip=print)
+    parts = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+    digests = {name: hashlib.sha256((newest.path / name).read_bytes()).hexdigest() for name in parts}
+    digests["step"] = newest.step
+    digests["finished"] = hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return digests
+
+
+def log_of(out):
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_log(out)]
+
+
+def log_is_in_order(out):
+    """Every line whole JSON, and steps strictly rising within each kind of event."""
+    path = out / "log.jsonl"
+    if not path.exists():
+        return True
+    last = {}
+    for line in read_log(out):
+        if line["step"] <= last.get(line["event"], -1):
+            return False
+        last[line["event"]] = line["step"]
+    return True
+
+
+def same(out, whole):
+    return {"state": state_of(out) == state_of(whole), "log": log_of(out) == log_of(whole)}
+
+
+def newest_step(out):
+    stored = CheckpointStore(out / "checkpoints").load_newest(on_skip=print)
+    return stored.step if stored is not None else 0
+
+
+def kill_often(root, data, kills, rng, pace):
+    out, log = root / "killed", root / "killed.txt"
+    arguments = flags(out, data, "--steps", str(STEPS))
+    result = {"kills": 0, "attempts": 0, "log in order": 0, "before the first step": 0, "went back": 0}
+    while result["kills"] < kills:
+        child = Child(arguments, log)
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0, pace["start"]))
+        else:
+            child.wait_for_steps(rng.randint(1, 5))
+            time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
+        stored = newest_step(out)
+        code = child.end(signal.SIGKILL)
+        result["attempts"] += 1
+        result["kills"] += code == -signal.SIGKILL
+        result["before the first step"] += not child.steps
+        result["log in order"] += log_is_in_order(out)
+        result["went back"] += newest_step(out) < stored
+        if code == 0:
+            break  # too slow to kill: the test sees it by the number of kills
+    result["code"] = Child(arguments, log).end()
+    return result | same(out, root / "whole") | {"log in order at the end": log_is_in_order(out)}
+
+
+def stop_often(root, data, stops, rng, pace):
+    """SIGTERM, SIGINT and SIGUSR1 in turn; each time the very next step is the first of the next attempt."""
+    out, log = root / "stopped", root / "stopped.txt"
+    arguments = flags(out, data, "--steps", str(STEPS))
+    result = {"stops": 0, "exit 75": 0, "saved at the last step": 0, "lost": 0, "repeated": 0}
+    before = 0
+    for k in range(stops):
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[k % 3]
+        child = Child(arguments, log)
+        child.wait_for_steps(rng.randint(1, 5))
+        time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
+        code = child.end(number)
+        result["stops"] += 1
+        result["exit 75"] += code == STOPPED
+        result["saved at the last step"] += newest_step(out) == child.steps[-1]
+        result["lost"] += child.steps[0] > before + 1
+        result["repeated"] += child.steps[0] <= before
+        before = child.steps[-1]
+    last = Child(arguments, log)
+    result["code"] = last.end()
+    result["lost"] += last.steps[0] > before + 1
+    result["named"] = log.read_text().count("the same command continues")
+    return result | same(out, root / "whole")
+
+
+def interrupt_twice(root, data):
+    """The first Ctrl-C waits for the step's end, which never comes here; the second one does not wait."""
+    out, log, inside = root / "interrupted", root / "interrupted.txt", root / "inside"
+
+    def hang():
+        def validate(*args, **kwargs):
+            inside.write_text("")
+            time.sleep(60)
+
+        workflow.validate = validate
+
+    child = Child(flags(out, data, "--steps", "30"), log, hang)
+    child.wait_for_steps(3)
+    while not inside.exists():
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGINT)
+    time.sleep(0.3)
+    still_there = os.waitpid(child.pid, os.WNOHANG) == (0, 0)
+    begin = time.monotonic()
+    code = child.end(signal.SIGINT)
+    seconds = time.monotonic() - begin
+    again = Child(flags(out, data, "--steps", "30"), log)
+    return {
+        "waits after the first": still_there,
+        "code": code,
+        "at once": seconds < 5,
+        "said": log.read_text().rstrip().endswith("smalti: interrupted"),
+        "stored": newest_step(out),
+        "continues": again.end(),
+        "first step then": again.steps[0],
+    }
+
+
+def kill_the_command(root, data, kills):
+    """Through `python -m smalti train`, TensorBoard and all."""
+    out = root / "command"
+    arguments = [sys.executable, "-W", "ignore", "-m", "smalti", *flags(out, data, "--steps", str(STEPS))]
+    log, codes = (root / "command.txt").open("w"), []
+    for k in range(kills):
+        process = subprocess.Popen(arguments, stdout=log, stderr=log)
+        aim = STEPS * (k + 1) // (kills + 2)
+        while process.poll() is None and newest_step(out) < aim:
+            time.sleep(0.01)
+        process.kill()
+        codes.append(process.wait())
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    return {"codes": codes, "code": done.returncode, "said": done.stderr + done.stdout} | same(out, root / "whole")
+
+
+def run_whole(root, data):
+    """The run that nothing stops, and how long its parts take."""
+    begin = time.monotonic()
+    child = Child(flags(root / "whole", data, "--steps", str(STEPS)), root / "whole.txt")
+    child.wait_for_steps(1)
+    start = time.monotonic() - begin
+    child.wait_for_steps(STEPS // 2)
+    one = (time.monotonic() - begin - start) / (STEPS // 2)
+    code = child.end()
+    return {"code": code, "start": start, "step": one, "save": 2 * one}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for module in ("smalti.cli.train", "torch._dynamo"):  # what a run would import later, once for all children
+        importlib.import_module(module)
+    root, kills, stops, commands = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    STEPS = 8 * kills
+    data = write_set(root / "data")
+    pace, rng = run_whole(root, data), random.Random(2)
+    print(
+        json.dumps(
+            {
+                "pace": pace,
+                "kill": kill_often(root, data, kills, rng, pace),
+                "stop": stop_often(root, data, stops, rng, pace),
+                "interrupt": interrupt_twice(root, data),
+                "command": kill_the_command(root, data, commands),
+            }
+        )
+    )
