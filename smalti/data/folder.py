@@ -361,12 +361,14 @@ def _refuse_unusable(index: FolderIndex, skip_unreadable: bool) -> None:
     bad = index.unusable
     if not bad or (skip_unreadable and index.entries):
         return
+    advice = "repair or remove them, or leave them out with skip_unreadable"
+    head = f"{index.root}: {len(bad)} of {len(bad) + len(index.entries)} files cannot be used"
+    if len(bad) == 1:
+        raise DataError(f"{head} ({bad[0].path!r}: {bad[0].reason}); {advice.replace('them', 'it')}")
     lines = [f"  {r.path!r}: {r.reason}" for r in bad[:_SHOWN]]
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN} more; `smalti data check {index.root}` lists them all")
-    advice = "repair or remove them, or leave them out with skip_unreadable"
-    head = f"{index.root}: {len(bad)} of {len(bad) + len(index.entries)} files cannot be used; {advice}:"
-    raise DataError("\n".join([head, *lines]))
+    raise DataError("\n".join([f"{head}; {advice}:", *lines]))
 
 
 def _refuse_empty(index: FolderIndex, allow_empty: bool) -> None:

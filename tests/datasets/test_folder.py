@@ -112,8 +112,9 @@ def test_unreadable_files_are_listed_and_can_be_left_out(animals):
 
 def test_one_broken_image_among_good_ones_is_named_with_its_reason(animals):
     (animals / "dogs" / "x.jpg").write_text("not really a picture")
-    with pytest.raises(DataError, match=r"1 of 13 files cannot be used.*\n  'dogs/x.jpg': not a JPEG"):
+    with pytest.raises(DataError, match=r"1 of 13 files cannot be used \('dogs/x.jpg': not a JPEG.*\); ") as caught:
         load_image_set(animals)
+    assert "\n" not in str(caught.value)
 
 
 def test_class_without_image_is_an_error_unless_allowed(animals):
@@ -219,7 +220,7 @@ def test_odd_names_survive(tmp_path):
     with pytest.raises(DataError) as caught:
         load_image_set(tmp_path)
     str(caught.value).encode("utf-8")
-    assert len(str(caught.value).splitlines()) == 2
+    assert len(str(caught.value).splitlines()) == 1
 
 
 # Fingerprint
