@@ -50,8 +50,8 @@ def preset_config(name: str, **overrides: Any) -> BackboneConfig:
     if mixer is not None and "mixer" not in overrides:
         own = vars(config)
         for_mixer = {k: overrides.pop(k) for k in list(overrides) if k not in own and k in vars(mixer)}
-        overrides["mixer"] = configs.replace(mixer, f"override of {name}'s mixer:", **for_mixer)
-    return configs.replace(config, f"override of {name}:", **overrides)
+        overrides["mixer"] = configs.replace(mixer, f"override of {name}'s mixer", **for_mixer)
+    return configs.replace(config, f"override of {name}", **overrides)
 
 
 def create_model(name: str, *, device: str | torch.device | None = None, **overrides: Any) -> nn.Module:
