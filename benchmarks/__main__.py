@@ -11,6 +11,7 @@ BENCHMARKS = {
     "ema": "how long the weight average should remember, by validation loss of one short run",
     "model": "any preset: parameters, GMACs, forward and training step in floors, peak memory",
     "ops": "every op and twin: checked against its reference, then timed, with and without gradients",
+    "recipe": "the demo's recipe beside what else was tried: loss after equal images",
 }
 
 

@@ -71,7 +71,7 @@ DIT: tuple[Preset, ...] = (
         "DiT for emoji32",
         DiTConfig(
             hidden_size=256,
-            depth=8,
+            depth=6,
             mixer=AttentionConfig(num_heads=4),
             patch_size=4,
             in_channels=3,

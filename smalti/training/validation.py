@@ -10,7 +10,7 @@ from smalti import streams
 from smalti.data import ImageSet
 from smalti.data.pixels import read_images
 from smalti.diffusion.levels import LevelBatch, Schedule
-from smalti.diffusion.prediction import add_noise, training_target
+from smalti.diffusion.prediction import add_noise, training_target, x0_weights
 from smalti.training.device import autocast
 
 STRATA = 8
@@ -70,9 +70,15 @@ def make_triples(image_set: ImageSet, indices: list[int], schedule: Schedule, se
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, triples: Triples, prediction: str, *, precision: str = "fp32", batch_size: int = 64
+    model: nn.Module,
+    triples: Triples,
+    prediction: str,
+    *,
+    unit: str | None = None,
+    precision: str = "fp32",
+    batch_size: int = 64,
 ) -> StrataLoss:
-    """The loss of a network on the triples, unweighted, run in the given precision."""
+    """The loss of a network on the triples, unweighted, run in the given precision; `unit` as in `loss_of`."""
     device = next(model.parameters()).device
     x_t = add_noise(triples.x0, triples.eps, triples.levels)
     outputs = []
@@ -83,13 +89,24 @@ def validate(
         with autocast(device, precision):
             output = model(x_t[part].to(device), timesteps, labels)
         outputs.append(output[:, : triples.x0.shape[1]].float().cpu())
-    return loss_of(torch.cat(outputs), triples, prediction)
+    return loss_of(torch.cat(outputs), triples, prediction, unit=unit)
 
 
-def loss_of(output: Float[Tensor, "N C H W"], triples: Triples, prediction: str) -> StrataLoss:
-    """The loss of given predictions for all triples."""
+def loss_of(
+    output: Float[Tensor, "N C H W"], triples: Triples, prediction: str, *, unit: str | None = None
+) -> StrataLoss:
+    """The loss of given predictions for all triples.
+
+    Args:
+        unit: measure the error as that of another prediction (x0, eps, v, velocity), to compare networks that predict
+            different things; None = of `prediction` itself.
+    """
     target = training_target(prediction, triples.x0, triples.eps, triples.levels)
-    return by_stratum((output - target).square().flatten(1).double().mean(1), triples)
+    errors = (output - target).square().flatten(1).double().mean(1)
+    if unit is not None:
+        own, other = (x0_weights(name, triples.levels.alpha, triples.levels.sigma)[1] for name in (prediction, unit))
+        errors *= (own / other) ** 2
+    return by_stratum(errors, triples)
 
 
 def by_stratum(errors: Float[Tensor, "N"], triples: Triples) -> StrataLoss:

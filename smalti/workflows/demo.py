@@ -42,10 +42,14 @@ def recipe(out: Path, seed: int) -> RunConfig:
         model="dit-emoji32",
         data=DataConfig(path="emoji32"),
         objective=ObjectiveConfig(
-            schedule="flow", prediction="x0", loss_weighting="velocity", timestep_sampling="logit_normal"
+            schedule="flow",
+            prediction="x0",
+            loss_weighting="velocity",
+            timestep_sampling="logit_normal",
+            logit_mean=0.6,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, decay="cosine", clip_norm=1.0
+            learning_rate=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, decay="cosine", clip_norm=1.0
         ),
         batch_size=32,
         seed=seed,
