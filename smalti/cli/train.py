@@ -7,7 +7,8 @@ from typing import Annotated
 import tyro
 
 from smalti.training.config import RunConfig
-from smalti.workflows.train import load_config, train
+from smalti.workflows.run_folder import load_config
+from smalti.workflows.train import train
 
 
 @dataclass(frozen=True)

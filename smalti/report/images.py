@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.data import to_uint8
-from smalti.errors import StorageError
+from smalti.report.files import replacing
 
 
 def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:
@@ -51,15 +51,8 @@ def save_image(image: Float[Tensor, "3 H W"], path: Path) -> None:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}; free space or choose another --out"
-        ) from error
 
 
 def data_url(image: Image.Image) -> str:

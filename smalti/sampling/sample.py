@@ -70,6 +70,8 @@ def sample_latents(
         if labels.shape != (len(seeds),):
             raise ConfigError(f"got {labels.numel()} class labels for {len(seeds)} seeds; give one per seed")
         check_labels(labels, null_class)
+    if config.guidance_channels != "all" and config.guidance_channels > sample_shape[0]:
+        raise ConfigError(f"guidance_channels {config.guidance_channels} is more than the {sample_shape[0]} channels")
     if micro_batch < 1:
         raise ConfigError(f"micro_batch must be at least 1, got {micro_batch}")
     levels = schedule.levels(config.num_inference_steps, spacing=config.spacing, shift=config.shift)

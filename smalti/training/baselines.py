@@ -41,16 +41,16 @@ class Moments:
 
 
 def image_moments(image_set: ImageSet, indices: list[int]) -> Moments:
-    """Float64 moments of at most 4096 images; from the Gram matrix, as there are mostly fewer images than pixels."""
+    """Float64 moments of at most 4096 images, by way of the smaller of covariance and Gram matrix."""
     stride = -(-len(indices) // MAX_IMAGES)
     x = read_images(image_set, indices[::stride]).flatten(1).double()
     mean = x.mean(0)
-    centred = x - mean
-    values, vectors = torch.linalg.eigh(centred @ centred.T / max(1, len(x) - 1))
-    keep = values > values[-1] * 1e-12  # the mean took one dimension away, and twins others
-    values, vectors = values[keep], vectors[:, keep]
-    axes = centred.T @ vectors / (values * max(1, len(x) - 1)).sqrt()
-    return Moments(mean, axes, values)
+    centred = (x - mean) / max(1, len(x) - 1) ** 0.5
+    tall = centred.shape[0] > centred.shape[1]
+    variances, vectors = torch.linalg.eigh(centred.T @ centred if tall else centred @ centred.T)
+    keep = variances > variances[-1] * 1e-12  # the mean took one dimension away, and twins others
+    variances, vectors = variances[keep], vectors[:, keep]
+    return Moments(mean, vectors if tall else centred.T @ vectors / variances.sqrt(), variances)
 
 
 def baselines(moments: Moments, triples: Triples, prediction: str) -> Baselines:

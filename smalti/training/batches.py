@@ -33,6 +33,10 @@ class BatchSource:
 
     Position p of the run is the same image with the same flip, noise, level and label fate whatever the batch size,
     the micro-batch, the number of processes or the moment of the last restart.
+
+    Args:
+        null_class: what a hidden label becomes; None = labels are never hidden.
+        conditional: whether the network is told the labels that the images have.
     """
 
     image_set: ImageSet
@@ -42,12 +46,13 @@ class BatchSource:
     null_class: int | None
     flip: bool
     seed: int
+    conditional: bool = True
 
     def at(self, start: int, count: int) -> TrainBatch:
         """The samples at positions `start` to `start + count - 1`."""
         positions = range(start, start + count)
         images = load_batch(self.image_set, self.order, positions, flip=self.flip, seed=self.seed)
-        labels = images.class_labels
+        labels = images.class_labels if self.conditional else None
         if labels is not None and self.null_class is not None:
             dropped = drop_mask(keyed_uniforms(self.seed, streams.LABEL_DROP, positions), self.objective.label_dropout)
             labels = drop_labels(labels, dropped, self.null_class)

@@ -75,7 +75,8 @@ class RunConfig:
         ema_decay: None = suited to `steps`; see docs/guide/train.md.
         seed: of everything random in the run.
         device: auto = cuda, else mps, else cpu.
-        log_every, validate_every, sample_every, checkpoint_every: in steps, and at the end of the run; 0 = never.
+        log_every, validate_every, sample_every: in steps, and at the end of the run; 0 = never.
+        checkpoint_every: likewise; the end is always stored.
         keep_checkpoints: how many of the newest stay.
         preview: how the sample grids of the run are drawn.
     """

@@ -43,10 +43,15 @@ class StrataLoss:
     strata: tuple[float, ...]
 
 
-def make_triples(image_set: ImageSet, indices: list[int], schedule: Schedule, seed: int) -> Triples:
+def make_triples(
+    image_set: ImageSet, indices: list[int], schedule: Schedule, seed: int, *, conditional: bool = True
+) -> Triples:
     """Each image meets as many of the eight strata as fit into MAX_TRIPLES triples; neighbours meet different ones.
 
     The uniform spread over the noise range is on purpose also where training prefers some levels.
+
+    Args:
+        conditional: False leaves the labels out, for a network without classes.
     """
     rounds = max(1, min(STRATA, MAX_TRIPLES // len(indices)))
     count = min(len(indices), MAX_TRIPLES)
@@ -64,7 +69,7 @@ def make_triples(image_set: ImageSet, indices: list[int], schedule: Schedule, se
     within = [streams.uniform(seed, streams.VALIDATION, place, stratum) for place, _, stratum in rows]
     strata = torch.tensor([stratum for _, _, stratum in rows])
     levels = schedule.at((strata + torch.tensor(within, dtype=torch.float64)) / STRATA)
-    labels = torch.from_numpy(image_set.class_labels[picked]) if image_set.class_names else None
+    labels = torch.from_numpy(image_set.class_labels[picked]) if conditional and image_set.class_names else None
     return Triples(x0, labels, eps, levels, strata)
 
 

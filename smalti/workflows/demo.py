@@ -17,7 +17,9 @@ from smalti.config import to_dict
 from smalti.data import load_image_set, split
 from smalti.data.pixels import read_images
 from smalti.diffusion.objectives import ObjectiveConfig
+from smalti.errors import ConfigError
 from smalti.models import config_of
+from smalti.report.files import write_text
 from smalti.report.images import data_url
 from smalti.report.page import ClassRow, Nearness, RunPage, Snapshot, render
 from smalti.sampling import SamplingConfig
@@ -26,13 +28,15 @@ from smalti.training.device import resolve_device
 from smalti.training.log import read_log
 from smalti.training.loop import train_steps
 from smalti.workflows.progress import ProgressReport
+from smalti.workflows.run_folder import CONFIG, changes, load_config
 from smalti.workflows.sample import Source, sample
-from smalti.workflows.train import TrainResult, load_config, new_state, prepare_run, train
+from smalti.workflows.train import TrainResult, new_state, prepare_run, train
 
 SAMPLES_PER_CLASS = 10
 TRAINING_SHARE = 0.86  # of the budget; the rest is validation, previews, the final samples and the page
 TIMED_STEPS = 4
 SNAPSHOTS = 6
+MEASURED = ("steps", "precision", "validate_every", "sample_every", "checkpoint_every")
 
 
 def recipe(out: Path, seed: int) -> RunConfig:
@@ -67,15 +71,22 @@ def demo(out: Path, *, minutes: float, seed: int) -> Path:
         SmaltiError: what the user can mend; PreemptedError when stopped, after saving.
     """
     started = time.monotonic()
-    stored = out / "config.yaml"
-    config = replace(load_config(stored), out=out) if stored.exists() else _fit_to(minutes, recipe(out, seed))
+    config = _continued(out, seed) if (out / CONFIG).exists() else _fit_to(minutes, recipe(out, seed))
     result = train(config)
     page = _page(config, result, time.monotonic() - started)
     path = out / "index.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(render(page), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, render(page))
     return path
+
+
+def _continued(out: Path, seed: int) -> RunConfig:
+    """The settings of a demo that was begun: the recipe, but for what its first start measured."""
+    stored = replace(load_config(out / CONFIG), out=out)
+    other = {name: text for name, text in changes(stored, recipe(out, seed)).items() if name not in MEASURED}
+    if other:
+        listed = "; ".join(f"{name}: {text}" for name, text in other.items())
+        raise ConfigError(f"{out} holds another run ({listed}); choose another --out")
+    return stored
 
 
 def _fit_to(minutes: float, config: RunConfig) -> RunConfig:
@@ -95,9 +106,9 @@ def _fit_to(minutes: float, config: RunConfig) -> RunConfig:
         config,
         steps=steps,
         precision=best,
-        validate_every=max(1, steps // 12),
-        sample_every=max(1, steps // SNAPSHOTS),
-        checkpoint_every=max(20, steps // 12),
+        validate_every=-(-steps // 12),
+        sample_every=-(-steps // SNAPSHOTS),
+        checkpoint_every=max(20, -(-steps // 12)),
     )
 
 
@@ -121,23 +132,18 @@ def _page(config: RunConfig, result: TrainResult, seconds: float) -> RunPage:
     )
     rows, nearness = _samples(config, result)
     loss, lines = result.validation, result.baselines
-    (config.out / "result.json").write_text(
-        json.dumps(
-            {
-                "validation": loss.mean,
-                "strata": list(loss.strata),
-                "constant": lines.constant.mean,
-                "constant_strata": list(lines.constant.strata),
-                "linear": lines.linear.mean,
-                "linear_strata": list(lines.linear.strata),
-                "steps": config.steps,
-                "training_minutes": minutes,
-                "nearness": vars(nearness),
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    numbers = {
+        "validation": loss.mean,
+        "strata": list(loss.strata),
+        "constant": lines.constant.mean,
+        "constant_strata": list(lines.constant.strata),
+        "linear": lines.linear.mean,
+        "linear_strata": list(lines.linear.strata),
+        "steps": config.steps,
+        "training_minutes": minutes,
+        "nearness": vars(nearness),
+    }
+    write_text(config.out / "result.json", json.dumps(numbers, indent=1) + "\n")
     parameters = sum(p.numel() for p in result.model.parameters())
     below = sum(ours < line for ours, line in zip(loss.strata, lines.linear.strata, strict=True))
     verdict = (

@@ -18,6 +18,7 @@ from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import CheckpointError, ConfigError
 from smalti.models import BackboneConfig, config_of
 from smalti.presets import list_models
+from smalti.report.files import write_text
 from smalti.report.images import save_grid, save_image
 from smalti.sampling import SAMPLERS, SamplingConfig, sample_latents
 from smalti.training.device import autocast_dtype, resolve_device
@@ -204,7 +205,7 @@ def sample_to_folder(
             for image, seed in zip(batch.images, batch.seeds, strict=True):
                 save_image(image, out / f"{seed:06d}.png")
             images.append(batch.images)
-    (out / "sample.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    write_text(out / "sample.yaml", yaml.safe_dump(settings, sort_keys=False))
     everything = torch.cat(images)
     save_grid(everything, out / "grid.png", columns=max(1, round(len(everything) ** 0.5)))
     return out / "grid.png"

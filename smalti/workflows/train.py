@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from smalti import streams
 from smalti.checkpoints import CheckpointStore, RunLock, save_model
-from smalti.config import from_dict, to_dict
+from smalti.config import to_dict
 from smalti.data import ImageSet, SampleOrder, Split, load_image_set, split
 from smalti.diffusion.levels import Schedule, build_schedule
-from smalti.errors import CheckpointError, ConfigError, PreemptedError
+from smalti.errors import ConfigError, PreemptedError
 from smalti.models import BackboneConfig, build_backbone, config_of
 from smalti.presets import parse_overrides, preset_config
 from smalti.report.images import save_grid
 from smalti.sampling import sample_latents
 from smalti.training.baselines import Baselines, baselines, image_moments
 from smalti.training.batches import BatchSource
-from smalti.training.config import IDENTITY, RunConfig
+from smalti.training.config import RunConfig
 from smalti.training.device import autocast_dtype, resolve_device
 from smalti.training.ema import EMA, default_decay
 from smalti.training.log import RunLog, tensorboard_installed
@@ -34,6 +33,7 @@ from smalti.training.state import TrainState
 from smalti.training.stop import StopRequest
 from smalti.training.validation import StrataLoss, Triples, make_triples, validate
 from smalti.workflows.progress import ProgressReport
+from smalti.workflows.run_folder import settle_config
 
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 6
 
@@ -62,21 +62,6 @@ class Run:
     triples: Triples | None
 
 
-def load_config(path: Path) -> RunConfig:
-    """A run's settings from YAML, strictly.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or holds a setting that does not exist.
-    """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; give the path of a YAML file with settings") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
-    return from_dict(RunConfig, data if data is not None else {}, str(path))
-
-
 def model_config(config: RunConfig, images: ImageSet) -> BackboneConfig:
     """The preset, fitted to the images (size, channels, classes), then changed as the user says."""
     wanted = parse_overrides(config.override)
@@ -102,10 +87,10 @@ def train(config: RunConfig, *, on_step: Callable[[StepReport], None] | None = N
     """
     run, model = prepare_run(config)
     with RunLock(config.out):
-        _settle_config(config, run.images, model)
+        changed = settle_config(config, run.images, model)
         state = new_state(run, model)
         store = CheckpointStore(config.out / "checkpoints", keep_last=config.keep_checkpoints, sole_writer=True)
-        return _run(run, state, store, on_step)
+        return _run(run, state, store, changed, on_step)
 
 
 def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
@@ -117,9 +102,12 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
     device = resolve_device(config.device)
     images = load_image_set(config.data.path, config.data.image_size, skip_unreadable=config.data.skip_unreadable)
     model = model_config(config, images)
-    if images.class_names and config.objective.label_dropout and not model.null_class:
+    conditional = bool(images.class_names) and model.num_classes > 0  # num_classes=0 trains without the labels
+    if conditional and config.objective.label_dropout and not model.null_class:
         raise ConfigError("label_dropout hides labels behind the null class: set null_class=true or label_dropout 0")
-    if images.class_names and model.num_classes < len(images.class_names):
+    if not images.class_names and model.num_classes:
+        raise ConfigError(f"num_classes is {model.num_classes}, but {images.name} has no classes: set num_classes=0")
+    if conditional and model.num_classes < len(images.class_names):
         raise ConfigError(
             f"num_classes {model.num_classes} is less than the {len(images.class_names)} classes of the data"
         )
@@ -132,12 +120,13 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
         order=order,
         schedule=schedule,
         objective=config.objective,
-        null_class=model.num_classes if images.class_names and model.null_class else None,
+        conditional=conditional,
+        null_class=model.num_classes if conditional and model.null_class else None,
         flip=config.data.flip,
         seed=config.seed,
     )
     held_out = parts.validation.tolist()
-    triples = make_triples(images, held_out, schedule, config.seed) if held_out else None
+    triples = make_triples(images, held_out, schedule, config.seed, conditional=conditional) if held_out else None
     return Run(config, device, images, parts, schedule, batches, triples), model
 
 
@@ -152,7 +141,11 @@ def new_state(run: Run, model: BackboneConfig) -> TrainState:
 
 
 def _run(
-    run: Run, state: TrainState, store: CheckpointStore, on_step: Callable[[StepReport], None] | None
+    run: Run,
+    state: TrainState,
+    store: CheckpointStore,
+    changed: list[str],
+    on_step: Callable[[StepReport], None] | None,
 ) -> TrainResult:
     config = run.config
     with StopRequest() as stop, ProgressReport("training", config.steps) as progress, ExitStack() as at_end:
@@ -164,6 +157,9 @@ def _run(
         # Without a checkpoint nothing of an earlier try counts, not even its step 0.
         log = RunLog(config.out, state.step if stored is not None else -1, tensorboard=tensorboard_installed())
         at_end.callback(log.close)
+        if stored is not None and changed:
+            progress.note(f"settings changed: {'; '.join(changed)}")
+            log.write("settings", state.step, changed=changed)
         lines = _baselines(run) if run.triples is not None else None
         if lines is not None and stored is None:
             log.write("baseline", 0, constant=lines.constant.mean, linear=lines.linear.mean)
@@ -185,7 +181,7 @@ def _run(
                 log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
             if _due(step, config.sample_every, last):
                 save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
-            if _due(step, config.checkpoint_every, last) or stop.received:
+            if _due(step, config.checkpoint_every, last) or last or stop.received:
                 store.save(step, state.tensors(), state.counters())
             if stop.received and not last:
                 raise PreemptedError(
@@ -201,7 +197,7 @@ def model_extra(run: Run, step: int) -> dict[str, Any]:
     """What a finished model must know to be sampled from: what it predicts, on which schedule, and its classes."""
     return {
         "objective": to_dict(run.config.objective),
-        "class_names": list(run.images.class_names),
+        "class_names": list(run.images.class_names) if run.batches.conditional else [],
         "value_range": [-1, 1],
         "trained": {"data": run.config.data.path, "fingerprint": run.images.fingerprint, "steps": step},
     }
@@ -209,7 +205,7 @@ def model_extra(run: Run, step: int) -> dict[str, Any]:
 
 def save_preview(run: Run, model: nn.Module, path: Path) -> None:
     """A grid of samples with fixed seeds, one row per class (the first ten), or six rows of one kind."""
-    classes = min(PREVIEW_ROWS, len(run.images.class_names))
+    classes = min(PREVIEW_ROWS, len(run.images.class_names)) if run.batches.conditional else 0
     labels = [k for k in range(classes) for _ in range(PREVIEW_COLUMNS)] if classes else None
     count = len(labels) if labels is not None else PREVIEW_COLUMNS**2
     batches = sample_latents(
@@ -247,29 +243,3 @@ def _values(report: StepReport, losses: list[float]) -> dict[str, Any]:
         "learning_rate": report.learning_rate,
         "skipped": report.skipped,
     }
-
-
-def _settle_config(config: RunConfig, images: ImageSet, model: BackboneConfig) -> None:
-    """Refuse to continue another run; then write down what this one is."""
-    path = config.out / "config.yaml"
-    if path.exists():
-        before = load_config(path)
-        changed = [name for name in IDENTITY if getattr(before, name) != getattr(config, name)]
-        if changed:
-            differences = "; ".join(
-                f"{name}: {to_dict(getattr(before, name))} there, {to_dict(getattr(config, name))} now"
-                for name in changed
-            )
-            raise ConfigError(f"{config.out} holds another run ({differences}); choose another --out")
-    identity = config.out / "resolved.yaml"
-    resolved = {"model": to_dict(model), "data": {"name": images.name, "fingerprint": images.fingerprint}}
-    if identity.exists():
-        stored = yaml.safe_load(identity.read_text())
-        if stored["data"]["fingerprint"] != images.fingerprint:
-            raise CheckpointError(
-                f"{config.out} was trained on other images than {config.data.path} holds now; choose another --out"
-            )
-    for target, content in ((path, to_dict(config)), (identity, resolved)):
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False))
-        temporary.replace(target)

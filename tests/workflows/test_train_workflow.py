@@ -18,12 +18,14 @@ from smalti.checkpoints import CheckpointStore, RunLock, load_bundle
 from smalti.config import from_dict, to_dict
 from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import CheckpointError, ConfigError, DataError, NumericError, PreemptedError, RunLockedError
+from smalti.models import config_of
 from smalti.sampling import SamplingConfig
 from smalti.training import DataConfig, OptimizerConfig, RunConfig, default_decay, loop
 from smalti.training.config import IDENTITY
 from smalti.training.log import read_log
 from smalti.training.stop import StopRequest
-from smalti.workflows.train import load_config, model_config, prepare_run, train
+from smalti.workflows.run_folder import load_config
+from smalti.workflows.train import model_config, prepare_run, train
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +110,30 @@ def test_the_same_settings_give_the_same_bits_elsewhere_and_another_seed_others(
     assert not equal(other.model.state_dict(), result.model.state_dict())
 
 
-def test_interval_0_means_never(data, tmp_path):
+def test_interval_0_means_never_but_a_finished_run_is_always_stored(data, tmp_path):
     quiet = dict.fromkeys(["log_every", "validate_every", "sample_every", "checkpoint_every"], 0)
     result = train(tiny_config(tmp_path, data, **quiet))
     assert [line["event"] for line in read_log(tmp_path)] == ["baseline"]
     assert not (tmp_path / "samples").exists()
-    assert CheckpointStore(tmp_path / "checkpoints").steps() == []
+    assert CheckpointStore(tmp_path / "checkpoints").steps() == [6]  # or the same command would train again
     assert math.isfinite(result.validation.mean)
+
+
+def test_labels_can_be_left_out(data, tmp_path):
+    config = tiny_config(tmp_path, data)
+    result = train(replace(config, override=(*config.override, "num_classes=0")))
+    assert config_of(result.model).num_classes == 0
+    assert math.isfinite(result.validation.mean)
+
+
+def test_changed_settings_that_make_no_other_run_are_noted(data, tmp_path, capsys):
+    config = tiny_config(tmp_path, data)
+    train(config)
+    train(replace(config, micro_batch=1))
+    assert "micro_batch: None -> 1" in capsys.readouterr().err
+    assert [line["changed"] for line in read_log(tmp_path) if line["event"] == "settings"] == [
+        ["micro_batch: None -> 1"]
+    ]
 
 
 def test_without_held_out_images_there_is_no_validation(data, tmp_path):
