@@ -37,16 +37,23 @@ def main(arguments: list[str]) -> int:
         averages = {name: EMA(state.model, decay) for name, decay in (decays | {"the papers'": PAPERS}).items()}
         # The released update has no warm-up: it begins at the initial weights and keeps 0.9999 of them at each step.
         averages["the papers', no warm-up"] = EMA(state.model, PAPERS)
+        recorder = Recorder("ema", device, options.out)
+        prediction = config.objective.prediction
+        losses: dict[str, list[float]] = {}
         for report in train_steps(state, run.batches, config):
             for name, average in averages.items():
                 average.update(state.model, sys.maxsize if name.endswith("no warm-up") else report.step - 1)
-        recorder = Recorder("ema", device, options.out)
-        prediction = config.objective.prediction
-        recorder.add(average="none", decay=0.0, loss=validate(state.model, run.triples, prediction).mean)
-        for name, average in averages.items():
-            recorder.add(average=name, decay=average.decay, loss=validate(average.model, run.triples, prediction).mean)
+            # Half-way the learning rate is still high and the weights jump about; at the end it has gone to 0.
+            if report.step in (options.steps // 2, options.steps):
+                networks = {"none": state.model} | {name: average.model for name, average in averages.items()}
+                for name, network in networks.items():
+                    loss = validate(network, run.triples, prediction, precision=config.precision).mean
+                    losses.setdefault(name, []).append(loss)
+        for name, (half_way, end) in losses.items():
+            decay = averages[name].decay if name in averages else 0.0
+            recorder.add(average=name, decay=decay, steps=options.steps, half_way=half_way, loss=end)
     chosen = f"default for {options.steps} steps: {default_decay(options.steps):.5f} ({HORIZON:g} of the run)"
     sys.stdout.write(f"\n{chosen}\n")
-    rows = [(row["average"], f"{row['decay']:.5f}", f"{row['loss']:.5f}") for row in recorder.rows]
-    sys.stdout.write(table(("average over", "decay", "validation loss"), rows))
+    rows = [(r["average"], f"{r['decay']:.5f}", f"{r['half_way']:.4f}", f"{r['loss']:.4f}") for r in recorder.rows]
+    sys.stdout.write(table(("average over", "decay", "loss half-way", "at the end"), rows))
     return 0

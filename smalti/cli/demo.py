@@ -16,7 +16,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Run folder; the page is index.html in it."""
-    minutes: float = 10.0
+    minutes: float = 11.0
     """Time budget on this machine, set-up aside. Counts at the first start only."""
     seed: int = 0
     """Of everything random in the run."""

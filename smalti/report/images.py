@@ -18,7 +18,10 @@ def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:
     return Image.fromarray(to_uint8(image[None])[0].permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def grid(images: Float[Tensor, "N 3 H W"], *, columns: int, gap: int = 2) -> Image.Image:
+GAP = 2
+
+
+def grid(images: Float[Tensor, "N 3 H W"], *, columns: int, gap: int = GAP) -> Image.Image:
     """Images in rows, on a light grey ground."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     n, height, width, _ = pixels.shape
@@ -39,6 +42,12 @@ def save_grid(images: Float[Tensor, "N 3 H W"], path: Path, *, columns: int) -> 
     sheet = grid(images, columns=columns)
     factor = max(1, 800 // max(sheet.size))
     _save(sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST), path)
+
+
+def first_columns(sheet: Image.Image, columns: int, *, of: int, width: int) -> Image.Image:
+    """The left part of a grid of `of` columns of images of this width, whatever whole number it was enlarged by."""
+    factor = sheet.width / (of * (width + GAP) + GAP)
+    return sheet.crop((0, 0, round(factor * (columns * (width + GAP) + GAP)), sheet.height))
 
 
 def save_image(image: Float[Tensor, "3 H W"], path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from smalti.report.charts import Series, line_chart
 from smalti.report.images import data_url, grid
 
+PAIRS = 6
 _STYLE = Path(__file__).with_name("page.css")
 
 
@@ -83,8 +84,9 @@ def render(page: RunPage) -> str:
         _section("What it learned, and when", "The same seeds at several moments of the run.", _snapshots(page)),
         _section(
             "Loss",
-            "Validation: held-out images, with noise and levels fixed for the whole run. A network above the dashed "
-            "linear line has only learned a filter.",
+            "Validation: held-out images, with noise and levels fixed for the whole run, unweighted as are the dashed "
+            "lines. A network above the linear line has only learned a filter. Training weighs its levels, so that its "
+            "curve shows progress and is not to be compared with the others.",
             _charts(page),
         ),
         _section("Learned or remembered?", _nearness_text(page.nearness), _neighbours(page)),
@@ -103,23 +105,24 @@ def _section(title: str, text: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{lead}{content}</section>"
 
 
-def _strip(images: Float[Tensor, "N 3 H W"], alt: str, columns: int | None = None) -> str:
-    sheet = grid(images, columns=columns or len(images))
-    scale = 2 if images.shape[-1] <= 64 else 1
+def _strip(images: Float[Tensor, "N 3 H W"], alt: str, *, size: int) -> str:
+    """Images side by side, each enlarged by a whole number to at most `size` pixels."""
+    sheet = grid(images, columns=len(images))
+    scale = max(1, size // images.shape[-1])
     return f"<img src='{data_url(sheet)}' width='{sheet.width * scale}' alt='{escape(alt)}'>"
 
 
 def _samples(page: RunPage) -> str:
-    return "".join(
-        f"<div class='row'><span>{escape(row.name)}</span>{_strip(row.samples, 'samples of ' + row.name)}</div>"
-        for row in page.rows
-    )
+    return "".join(_row(row.name, _strip(row.samples, f"samples of {row.name}", size=96)) for row in page.rows)
+
+
+def _row(name: str, content: str) -> str:
+    return f"<div class='row'><span>{escape(name)}</span>{content}</div>"
 
 
 def _snapshots(page: RunPage) -> str:
     figures = (
-        f"<figure><img src='{s.url}' width='160' alt='{escape(s.caption)}'>"
-        f"<figcaption>{escape(s.caption)}</figcaption></figure>"
+        f"<figure><img src='{s.url}' alt='{escape(s.caption)}'><figcaption>{escape(s.caption)}</figcaption></figure>"
         for s in page.snapshots
     )
     return f"<div class='panels'>{''.join(figures)}</div>"
@@ -131,7 +134,7 @@ def _charts(page: RunPage) -> str:
     show_constant = page.constant < 10 * max(y for _, y in page.validation)
     by_step = line_chart(
         [
-            Series("training (mean of ten steps)", page.training, "#9bb0cc"),
+            Series("training, as weighted", page.training, "#9bb0cc"),
             Series("validation", page.validation, "#2563eb", markers=True),
             Series("best linear denoiser", [(x, page.linear) for x in ends], "#d97706", dashed=True),
             Series("mean image", [(x, page.constant) for x in ends] if show_constant else [], "#9ca3af", dashed=True),
@@ -163,19 +166,20 @@ def _nearness_text(n: Nearness) -> str:
     return (
         f"Left of each pair a sample, right the training image nearest to it. Median distance to the nearest training "
         f"image, in grey levels per pixel: samples {n.samples:.1f}, held-out real images {n.held_out:.1f}. "
-        f"{n.copies} of {n.count} samples lie nearer than any held-out image's tenth percentile and may be copies."
+        f"{n.copies} of {n.count} samples lie nearer than nine in ten held-out images do, and may be copies."
     )
 
 
 def _neighbours(page: RunPage) -> str:
-    rows = []
-    for row in page.rows:
-        pairs = "".join(
-            f"<div class='pair'>{_strip(sample[None], 'sample')}{_strip(near[None], 'nearest training image')}</div>"
-            for sample, near in zip(row.samples[:6], row.nearest[:6], strict=True)
-        )
-        rows.append(f"<div class='row'><span>{escape(row.name)}</span><div class='panels'>{pairs}</div></div>")
-    return "".join(rows)
+    return "".join(_row(row.name, f"<div class='panels'>{_pairs(row)}</div>") for row in page.rows)
+
+
+def _pairs(row: ClassRow) -> str:
+    pairs = []
+    for sample, near in zip(row.samples[:PAIRS], row.nearest[:PAIRS], strict=True):
+        images = _strip(sample[None], "sample", size=64) + _strip(near[None], "nearest training image", size=64)
+        pairs.append(f"<div class='pair'>{images}</div>")
+    return "".join(pairs)
 
 
 def _table(settings: Sequence[tuple[str, str]]) -> str:

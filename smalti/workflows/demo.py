@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from smalti import __version__
@@ -20,7 +21,7 @@ from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import ConfigError
 from smalti.models import config_of
 from smalti.report.files import write_text
-from smalti.report.images import data_url
+from smalti.report.images import data_url, first_columns, save_grid
 from smalti.report.page import ClassRow, Nearness, RunPage, Snapshot, render
 from smalti.sampling import SamplingConfig
 from smalti.training.config import DataConfig, OptimizerConfig, RunConfig
@@ -30,10 +31,10 @@ from smalti.training.loop import train_steps
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.run_folder import CONFIG, changes, load_config
 from smalti.workflows.sample import Source, sample
-from smalti.workflows.train import TrainResult, new_state, prepare_run, train
+from smalti.workflows.train import PREVIEW_COLUMNS, TrainResult, new_state, prepare_run, train
 
 SAMPLES_PER_CLASS = 10
-TRAINING_SHARE = 0.86  # of the budget; the rest is validation, previews, the final samples and the page
+TRAINING_SHARE = 0.88  # of the budget; the rest is validation, previews, the final samples and the page
 TIMED_STEPS = 4
 SNAPSHOTS = 6
 MEASURED = ("steps", "precision", "validate_every", "sample_every", "checkpoint_every")
@@ -169,7 +170,7 @@ def _page(config: RunConfig, result: TrainResult, seconds: float) -> RunPage:
             (config.precision, f"on {_machine(config)}"),
         ],
         rows=rows,
-        snapshots=_snapshots(config),
+        snapshots=_snapshots(config, rows[0].samples.shape[-1]),
         training=training,
         validation=validation,
         constant=lines.constant.mean,
@@ -201,6 +202,7 @@ def _samples(config: RunConfig, result: TrainResult) -> tuple[list[ClassRow], Ne
             on_step=lambda done, total, _: progress.update(done),
         )
         samples = torch.cat([batch.images for batch in batches])
+    save_grid(samples, config.out / "samples" / "classes.png", columns=SAMPLES_PER_CLASS)
     distances, nearest = _nearest(samples, train_images)
     held_out_distances, _ = _nearest(held_out, train_images)
     nearness = Nearness(
@@ -225,11 +227,14 @@ def _nearest(images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return distances / a.shape[1] ** 0.5 * 127.5, indices
 
 
-def _snapshots(config: RunConfig) -> list[Snapshot]:
-    from PIL import Image
-
-    paths = sorted((config.out / "samples").glob("step-*.png"))
-    return [Snapshot(f"step {int(path.stem.removeprefix('step-')):,}", data_url(Image.open(path))) for path in paths]
+def _snapshots(config: RunConfig, width: int) -> list[Snapshot]:
+    """The run's previews, two samples a class, so that six of them fit beside each other."""
+    snapshots = []
+    for path in sorted((config.out / "samples").glob("step-*.png")):
+        with Image.open(path) as sheet:
+            part = first_columns(sheet, 2, of=PREVIEW_COLUMNS, width=width)
+        snapshots.append(Snapshot(f"step {int(path.stem.removeprefix('step-')):,}", data_url(part)))
+    return snapshots
 
 
 def _settings(config: RunConfig, result: TrainResult, seconds: float) -> Sequence[tuple[str, str]]:

@@ -35,7 +35,7 @@ from smalti.training.validation import StrataLoss, Triples, make_triples, valida
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.run_folder import settle_config
 
-PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 6
+PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 4
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def model_extra(run: Run, step: int) -> dict[str, Any]:
 
 
 def save_preview(run: Run, model: nn.Module, path: Path) -> None:
-    """A grid of samples with fixed seeds, one row per class (the first ten), or six rows of one kind."""
+    """A grid of samples with fixed seeds, one row per class (the first ten), or four rows of one kind."""
     classes = min(PREVIEW_ROWS, len(run.images.class_names)) if run.batches.conditional else 0
     labels = [k for k in range(classes) for _ in range(PREVIEW_COLUMNS)] if classes else None
     count = len(labels) if labels is not None else PREVIEW_COLUMNS**2
