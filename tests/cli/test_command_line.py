@@ -314,7 +314,7 @@ def test_an_empty_folder_and_a_class_without_images_are_one_line(refused, tmp_pa
 def test_changed_settings_in_the_same_folder_are_refused_by_name(refused, trained, data):
     code, line = refused(*flags(trained, data, "--seed", "5"))
     assert code == 64
-    assert line == f"{trained} holds another run (seed: 0 there, 5 now); choose another --out"
+    assert line == f"{trained} holds another run (seed: 0 -> 5); choose another --out"
 
 
 def test_a_second_writer_gets_73_and_the_name_of_the_first(refused, trained, data):

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import time
 
 import pytest
 
@@ -101,6 +102,7 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path):
 def test_after_a_restart_tensorboard_shows_every_step_once(tmp_path):
     pytest.importorskip("tensorboard")
     write(tmp_path, [1, 2, 3], tensorboard=True)
+    time.sleep(1.1)  # TensorBoard orders its files by the second they were begun in
     write(tmp_path, [3, 4], start=2, tensorboard=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

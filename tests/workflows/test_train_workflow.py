@@ -86,9 +86,9 @@ def test_the_finished_model_is_the_average_and_knows_what_sampling_needs(finishe
     )
 
 
-def test_a_preview_shows_six_images_of_every_class(finished):
+def test_a_preview_shows_four_images_of_every_class(finished):
     config, _ = finished
-    small = (6 * 34 + 2, 9 * 34 + 2)
+    small = (4 * 34 + 2, 9 * 34 + 2)
     with Image.open(config.out / "samples" / "step-0000006.png") as sheet:
         assert sheet.size == tuple(side * (800 // max(small)) for side in small)
 
