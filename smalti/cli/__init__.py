@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,7 +19,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "data build": ("smalti.cli.data", "DataBuild", "make the larger emoji set from public packages"),
 }
 
-INTERRUPTED = 130
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,12 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb, rest = _split_verb(arguments)
         _run(verb, rest)
+        sys.stdout.flush()
     except SmaltiError as error:
         print(f"smalti: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("smalti: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as in `smalti presets | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     return 0
 
 
