@@ -34,7 +34,7 @@ from smalti.workflows.sample import Source, sample
 from smalti.workflows.train import PREVIEW_COLUMNS, TrainResult, new_state, prepare_run, train
 
 SAMPLES_PER_CLASS = 10
-TRAINING_SHARE = 0.88  # of the budget; the rest is validation, previews, the final samples and the page
+TRAINING_SHARE = 0.83  # of the budget; the rest is validation, previews, the final samples and the page
 TIMED_STEPS = 4
 SNAPSHOTS = 6
 MEASURED = ("steps", "precision", "validate_every", "sample_every", "checkpoint_every")
