@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.record import Recorder, add_common_options, positive, prepare, table
 from smalti.training.ema import EMA, HORIZON, default_decay
 from smalti.training.loop import train_steps
-from smalti.training.validation import validate
+from smalti.training.validation import validate, validation_unit
 from smalti.workflows.demo import recipe
 from smalti.workflows.train import new_state, prepare_run
 
@@ -24,7 +24,7 @@ PAPERS = 0.9999
 def main(arguments: list[str]) -> int:
     """Train once, print one line per decay and one for the weights themselves."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks ema", description=__doc__)
-    parser.add_argument("--steps", type=positive, default=600, help="length of the run (default 600)")
+    parser.add_argument("--steps", type=positive, default=400, help="length of the run (default 400)")
     add_common_options(parser)
     options = parser.parse_args(arguments)
     device = prepare(options)
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         # The released update has no warm-up: it begins at the initial weights and keeps 0.9999 of them at each step.
         averages["the papers', no warm-up"] = EMA(state.model, PAPERS)
         recorder = Recorder("ema", device, options.out)
-        prediction = config.objective.prediction
+        prediction, unit = config.objective.prediction, validation_unit(config.objective)
         losses: dict[str, list[float]] = {}
         for report in train_steps(state, run.batches, config):
             for name, average in averages.items():
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
             if report.step in (options.steps // 2, options.steps):
                 networks = {"none": state.model} | {name: average.model for name, average in averages.items()}
                 for name, network in networks.items():
-                    loss = validate(network, run.triples, prediction, precision=config.precision).mean
+                    loss = validate(network, run.triples, prediction, unit=unit, precision=config.precision).mean
                     losses.setdefault(name, []).append(loss)
         for name, (half_way, end) in losses.items():
             decay = averages[name].decay if name in averages else 0.0

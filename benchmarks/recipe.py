@@ -25,11 +25,11 @@ def variants(base: RunConfig) -> dict[str, RunConfig]:
     def rate(value: float) -> RunConfig:
         return replace(base, optimizer=replace(base.optimizer, learning_rate=value))
 
-    plain = replace(base.objective, loss_weighting="none")
+    x0 = replace(base.objective, prediction="x0")
     return {
         "the recipe": base,
-        "prediction velocity": replace(base, objective=replace(plain, prediction="velocity")),
-        "x0, error not weighed": replace(base, objective=plain),
+        "x0, weighed as velocity": replace(base, objective=replace(x0, loss_weighting="velocity")),
+        "x0, not weighed": replace(base, objective=x0),
         "levels around the middle": replace(base, objective=replace(base.objective, logit_mean=0.0)),
         "half the learning rate": rate(base.optimizer.learning_rate / 2),
         "twice the learning rate": rate(base.optimizer.learning_rate * 2),

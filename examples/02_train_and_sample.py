@@ -16,7 +16,7 @@ result = train(
     RunConfig(
         out=out,
         override=("depth=2", "hidden_size=32", "num_heads=2"),
-        objective=ObjectiveConfig(schedule="flow", prediction="x0", loss_weighting="velocity"),
+        objective=ObjectiveConfig(schedule="flow", prediction="velocity"),
         steps=20,
         batch_size=8,
         sample_every=0,

@@ -10,6 +10,7 @@ from smalti import streams
 from smalti.data import ImageSet
 from smalti.data.pixels import read_images
 from smalti.diffusion.levels import LevelBatch, Schedule
+from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.diffusion.prediction import add_noise, training_target, x0_weights
 from smalti.training.device import autocast
 
@@ -71,6 +72,15 @@ def make_triples(
     levels = schedule.at((strata + torch.tensor(within, dtype=torch.float64)) / STRATA)
     labels = torch.from_numpy(image_set.class_labels[picked]) if conditional and image_set.class_names else None
     return Triples(x0, labels, eps, levels, strata)
+
+
+def validation_unit(objective: ObjectiveConfig) -> str:
+    """What the error of a run is measured as: x0 on the flow path, else what the network predicts.
+
+    On the flow path an error of x0 is at most that of the velocity, and stays finite for denoisers that do not look at
+    nearly clean images closely; on the others it would count the noisiest levels thousands of times.
+    """
+    return "x0" if objective.schedule == "flow" else objective.prediction
 
 
 @torch.no_grad()

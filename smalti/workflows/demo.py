@@ -48,8 +48,7 @@ def recipe(out: Path, seed: int) -> RunConfig:
         data=DataConfig(path="emoji32"),
         objective=ObjectiveConfig(
             schedule="flow",
-            prediction="x0",
-            loss_weighting="velocity",
+            prediction="velocity",
             timestep_sampling="logit_normal",
             logit_mean=0.6,
         ),

@@ -31,7 +31,7 @@ from smalti.training.loop import StepReport, train_steps
 from smalti.training.optim import build_optimizer
 from smalti.training.state import TrainState
 from smalti.training.stop import StopRequest
-from smalti.training.validation import StrataLoss, Triples, make_triples, validate
+from smalti.training.validation import StrataLoss, Triples, make_triples, validate, validation_unit
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.run_folder import settle_config
 
@@ -177,7 +177,7 @@ def _run(
                 log.write("train", **_values(report, losses), images_per_second=round(speed, 2))
                 since, since_step, losses = now, step, []
             if run.triples is not None and _due(step, config.validate_every, last):
-                loss = validate(state.ema.model, run.triples, config.objective.prediction, precision=config.precision)
+                loss = _validate(run, state)
                 log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
             if _due(step, config.sample_every, last):
                 save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
@@ -188,7 +188,7 @@ def _run(
                     f"stopped by {stop.received.name} and saved at step {step}; the same command continues {config.out}"
                 )
     if loss is None and run.triples is not None:
-        loss = validate(state.ema.model, run.triples, config.objective.prediction, precision=config.precision)
+        loss = _validate(run, state)
     save_model(config.out / "model", state.ema.model, extra=model_extra(run, state.step))
     return TrainResult(config.out, state.ema.model, state.ema.decay, loss, lines)
 
@@ -225,9 +225,22 @@ def save_preview(run: Run, model: nn.Module, path: Path) -> None:
     save_grid(torch.cat([batch.latents.cpu() for batch in batches]), path, columns=PREVIEW_COLUMNS)
 
 
+def _validate(run: Run, state: TrainState) -> StrataLoss:
+    assert run.triples is not None
+    objective = run.config.objective
+    return validate(
+        state.ema.model,
+        run.triples,
+        objective.prediction,
+        unit=validation_unit(objective),
+        precision=run.config.precision,
+    )
+
+
 def _baselines(run: Run) -> Baselines:
     assert run.triples is not None
-    return baselines(image_moments(run.images, run.split.train.tolist()), run.triples, run.config.objective.prediction)
+    moments = image_moments(run.images, run.split.train.tolist())
+    return baselines(moments, run.triples, validation_unit(run.config.objective))
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -26,8 +26,9 @@ from smalti.diffusion.objectives import (
     normal_kl,
     prior_bits,
     variational_bound,
+    velocity_weights,
 )
-from smalti.diffusion.prediction import training_target, x0_weights
+from smalti.diffusion.prediction import add_noise, target_weights, training_target, x0_weights
 from smalti.diffusion.timesteps import LossSecondMoment, logit_normal
 from smalti.errors import ConfigError
 
@@ -289,3 +290,25 @@ def test_a_learned_variance_without_a_chain_says_what_to_do():
     levels = level_batch(build_schedule("linear").levels(10), torch.zeros(ROWS, dtype=torch.int64))
     with pytest.raises(ConfigError, match="needs a network with learned_variance"):
         variational_bound(x0, x0, levels)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "velocity"])
+def test_velocity_weighting_measures_any_prediction_as_velocity(prediction):
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, guess = (torch.randn(6, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    levels = build_schedule("flow").at(torch.tensor([0.06, 0.2, 0.4, 0.6, 0.8, 0.99], dtype=torch.float64))
+    x_t = add_noise(x0, eps, levels)
+    alpha, sigma = (t[:, None, None, None] for t in (levels.alpha, levels.sigma))
+    # the same wrong x0, said in each prediction's own words
+    guessed_eps = (x_t - alpha * guess) / sigma
+    a, b = target_weights(prediction, alpha, sigma)
+    config = ObjectiveConfig(schedule="flow", prediction=prediction, loss_weighting="velocity")
+    losses = losses_from_output(a * guess + b * guessed_eps, x0, eps=eps, levels=levels, config=config)
+    expected = ((guessed_eps - guess) - (eps - x0)).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses.loss, expected, rtol=1e-9, atol=0)
+
+
+def test_velocity_weighting_limits_sigma_near_clean_images():
+    levels = build_schedule("flow").at(torch.tensor([1e-6, 0.01, 0.0499], dtype=torch.float64))
+    weights = velocity_weights("x0", levels)
+    assert weights.max() <= ((1 + 0.05) / 0.05) ** 2

@@ -7,9 +7,18 @@ from smalti import streams
 from smalti.data import load_image_set, split
 from smalti.data.pixels import read_images
 from smalti.diffusion.levels import LevelBatch, build_schedule
-from smalti.diffusion.prediction import PREDICTIONS, add_noise, training_target
+from smalti.diffusion.objectives import ObjectiveConfig
+from smalti.diffusion.prediction import PREDICTIONS, add_noise, per_sample, training_target
 from smalti.presets import create_model
-from smalti.training.validation import MAX_TRIPLES, STRATA, Triples, loss_of, make_triples, validate
+from smalti.training.validation import (
+    MAX_TRIPLES,
+    STRATA,
+    Triples,
+    loss_of,
+    make_triples,
+    validate,
+    validation_unit,
+)
 
 
 def noise_images(count, side=2):
@@ -134,3 +143,17 @@ def test_validation_is_the_loss_of_the_network_s_prediction_channels(tiny, predi
         loss = validate(network, triples, prediction, batch_size=batch_size)
         assert loss.mean == pytest.approx(expected, rel=1e-5)
         assert sum(loss.strata) / STRATA == pytest.approx(loss.mean, rel=1e-9)
+
+
+def test_losses_of_different_predictions_compare_in_one_unit(tiny):
+    schedule = build_schedule("flow", 1000)
+    triples = make_triples(tiny, list(range(16)), schedule, seed=0)
+    x_t = add_noise(triples.x0, triples.eps, triples.levels)
+    alpha, sigma = (per_sample(t, x_t).float() for t in (triples.levels.alpha, triples.levels.sigma))
+    guess = torch.zeros_like(triples.x0)
+    velocity = (x_t - alpha * guess) / sigma - guess
+    as_x0 = loss_of(guess, triples, "x0")
+    as_velocity = loss_of(velocity, triples, "velocity", unit="x0")
+    assert as_velocity.strata == pytest.approx(as_x0.strata, rel=1e-4)
+    assert validation_unit(ObjectiveConfig(schedule="flow", prediction="velocity")) == "x0"
+    assert validation_unit(ObjectiveConfig()) == "eps"
