@@ -36,7 +36,8 @@ from smalti.workflows.train import PREVIEW_COLUMNS, TrainResult, new_state, prep
 SAMPLES_PER_CLASS = 10
 TRAINING_SHARE = 0.83  # of the budget; the rest is validation, previews, the final samples and the page
 TIMED_STEPS = 4
-SNAPSHOTS = 6
+VALIDATIONS, SNAPSHOTS = 12, 6
+SHORT_MINUTES = 4.0
 MEASURED = ("steps", "precision", "validate_every", "sample_every", "checkpoint_every")
 
 
@@ -102,12 +103,14 @@ def _fit_to(minutes: float, config: RunConfig) -> RunConfig:
             f"a step takes {seconds['fp32']:.2f} s in fp32, {seconds['bf16']:.2f} s in bf16: "
             f"{steps} steps in {best} for a budget of {minutes:g} minutes"
         )
+    # Looking takes as long in a short run as in a long one, so a short one looks less often.
+    validations, snapshots = (VALIDATIONS, SNAPSHOTS) if minutes >= SHORT_MINUTES else (4, 2)
     return replace(
         config,
         steps=steps,
         precision=best,
-        validate_every=-(-steps // 12),
-        sample_every=-(-steps // SNAPSHOTS),
+        validate_every=-(-steps // validations),
+        sample_every=-(-steps // snapshots),
         checkpoint_every=max(20, -(-steps // 12)),
     )
 
