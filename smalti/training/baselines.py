@@ -56,8 +56,7 @@ def image_moments(image_set: ImageSet, indices: list[int]) -> Moments:
 def baselines(moments: Moments, triples: Triples, prediction: str) -> Baselines:
     """Both lines for one set of triples."""
     deviation = triples.x0.flatten(1).double() - moments.mean
-    scale = x0_weights(prediction, triples.levels.alpha, triples.levels.sigma)[1].double() ** -2
-    constant = by_stratum(deviation.square().mean(1) * scale, triples)
+    constant = by_stratum(deviation.square().mean(1) * _target_scale(triples, prediction), triples)
     linear, shrinkage = linear_denoiser_loss(moments, triples, prediction)
     return Baselines(constant, linear, shrinkage)
 
@@ -77,9 +76,10 @@ def linear_denoiser_loss(moments: Moments, triples: Triples, prediction: str) ->
     seen, wanted = x_t - alpha * moments.mean, triples.x0.flatten(1).double() - moments.mean  # (N, P)
     seen_along, wanted_along = seen @ moments.axes, wanted @ moments.axes  # (N, R)
     # What lies across the axes is only scaled, so three sums tell its error for any mixing share.
-    across = [(a * b).sum(1) - (c * d).sum(1) for a, b, c, d in _products(seen, wanted, seen_along, wanted_along)]
-    # An error of x0 shows in the prediction target divided by this weight, because x_t is known.
-    scale = x0_weights(prediction, triples.levels.alpha, triples.levels.sigma)[1].double() ** -2 / x_t.shape[1]
+    seen_across = seen.square().sum(1) - seen_along.square().sum(1)
+    wanted_across = wanted.square().sum(1) - wanted_along.square().sum(1)
+    shared_across = (seen * wanted).sum(1) - (seen_along * wanted_along).sum(1)
+    scale = _target_scale(triples, prediction)
     average = moments.variances.sum() / moments.mean.numel()
     losses = []
     for share in SHRINKAGE:
@@ -87,8 +87,8 @@ def linear_denoiser_loss(moments: Moments, triples: Triples, prediction: str) ->
         gains = alpha * variances / (alpha**2 * variances + sigma**2)
         rest = (alpha * share * average / (alpha**2 * share * average + sigma**2))[:, 0]
         errors = (gains * seen_along - wanted_along).square().sum(1)
-        errors += rest**2 * across[0] - 2 * rest * across[1] + across[2]
-        losses.append(by_stratum(errors * scale, triples))
+        errors += rest**2 * seen_across - 2 * rest * shared_across + wanted_across
+        losses.append(by_stratum(errors / x_t.shape[1] * scale, triples))
     best = [min(range(len(SHRINKAGE)), key=lambda i: losses[i].strata[k]) for k in range(len(losses[0].strata))]
     strata = tuple(losses[i].strata[k] for k, i in enumerate(best))
     sizes = [int((triples.strata == k).sum()) for k in range(len(strata))]
@@ -96,10 +96,6 @@ def linear_denoiser_loss(moments: Moments, triples: Triples, prediction: str) ->
     return StrataLoss(mean, strata), tuple(SHRINKAGE[i] for i in best)
 
 
-def _products(seen: Tensor, wanted: Tensor, seen_along: Tensor, wanted_along: Tensor) -> list[tuple[Tensor, ...]]:
-    """Pairs whose inner products are those of the whole vectors and of their parts along the axes."""
-    return [
-        (seen, seen, seen_along, seen_along),
-        (seen, wanted, seen_along, wanted_along),
-        (wanted, wanted, wanted_along, wanted_along),
-    ]
+def _target_scale(triples: Triples, prediction: str) -> Float[Tensor, "N"]:
+    """What turns a squared error of x0 into that of the prediction target, because x_t is known."""
+    return x0_weights(prediction, triples.levels.alpha, triples.levels.sigma)[1].double() ** -2
