@@ -22,7 +22,7 @@ def from_official(source: str, state_dict: Mapping[str, Tensor], **hyperparamete
     Args:
         source: where the weights come from: a key of MAPS, such as "facebookresearch/DiT".
         state_dict: tensors under their released names, in any floating dtype, which the model takes over.
-        hyperparameters: all of the source's, under their released names.
+        hyperparameters: under their released names; those that the released constructor presets may be left out.
 
     Raises:
         ConfigError: an unknown source, or a hyper-parameter that is unknown, missing or of the wrong type.
@@ -86,11 +86,11 @@ def _check_hyperparameters(origin: Source, given: Mapping[str, Any]) -> dict[str
     for name in given:
         if name not in wanted:
             raise ConfigError(f"{origin.name}: unknown hyper-parameter {name!r}{did_you_mean(name, wanted)}")
-    if missing := [name for name in wanted if name not in given]:
+    if missing := [name for name in wanted if name not in given and name not in origin.defaults]:
         raise ConfigError(f"{origin.name}: missing hyper-parameter {', '.join(missing)}")
     values = {}
     for name, kind in wanted.items():
-        value = given[name]
+        value = given.get(name, origin.defaults.get(name))
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -53,5 +53,8 @@ class Backbone(Protocol):
     ) -> Float[Tensor, "B O H W"]: ...
 
     def iter_blocks(self) -> Iterator[nn.Module]:
-        """The repeated parts, for whoever wraps, counts or compiles them one by one."""
+        """The repeated parts, for whoever wraps, counts or compiles them one by one.
+
+        Each has `branches()`: its modules whose output is added to the residual stream, perhaps behind a gate.
+        """
         ...

@@ -12,11 +12,11 @@ from smalti.config import did_you_mean
 from smalti.errors import ConfigError
 from smalti.models.base import BackboneConfig
 from smalti.nn.conditioning import (
-    AppendContext,
     Conditioning,
     ConditioningKind,
     CrossAttention,
     NoContext,
+    PrependContext,
     add_branch,
     build_head_modulation,
     build_modulation,
@@ -24,7 +24,7 @@ from smalti.nn.conditioning import (
 )
 from smalti.nn.embeddings import PatchEmbed, sincos_2d
 from smalti.nn.layers import MLP, Grid, Head, norm
-from smalti.nn.mixers import AttentionConfig, MixerConfig, build_mixer
+from smalti.nn.mixers import AttentionConfig, MixerConfig, Place, build_mixer
 
 PositionKind = Literal["sincos_2d", "table"]
 
@@ -78,8 +78,8 @@ class DiT(nn.Module):
         table = sincos_2d(*c.grid, c.hidden_size).to(torch.get_default_dtype())
         self.position = nn.Parameter(table[None], requires_grad=False)  # counted by the paper, never trained
         self.conditioning = Conditioning(c.hidden_size, c.num_classes, null_class=c.null_class)
-        self.join_context = AppendContext() if c.conditioning == "in_context" else NoContext()
-        self.blocks = nn.ModuleList(DiTBlock(c) for _ in range(c.depth))
+        self.join_context = PrependContext() if c.conditioning == "in_context" else NoContext()
+        self.blocks = nn.ModuleList(DiTBlock(c, Place(i, c.depth)) for i in range(c.depth))
         head_modulation = build_head_modulation(c.conditioning, c.hidden_size)
         self.head = Head(c.hidden_size, c.patch_size, c.out_channels, head_modulation)
 
@@ -113,7 +113,7 @@ class DiT(nn.Module):
         x = self.join_context(x, context)
         for block in self.blocks:
             x = block(x, cond, context, grid)
-        return self.head(x[:, : grid.tokens], cond, grid)
+        return self.head(x[:, -grid.tokens :], cond, grid)
 
     def iter_blocks(self) -> Iterator[nn.Module]:
         return iter(self.blocks)
@@ -141,12 +141,12 @@ class DiT(nn.Module):
 class DiTBlock(nn.Module):
     """Mixer, then MLP, each a conditioned residual branch; cross-attention stands between them where asked for."""
 
-    def __init__(self, c: DiTConfig) -> None:
+    def __init__(self, c: DiTConfig, place: Place) -> None:
         super().__init__()
         self.modulation = build_modulation(c.conditioning, c.hidden_size, branches=2)
         affine = not self.modulation.adaptive
         self.norm1, self.norm2 = norm(c.hidden_size, affine=affine), norm(c.hidden_size, affine=affine)
-        self.mixer = build_mixer(c.mixer, c.hidden_size)
+        self.mixer = build_mixer(c.mixer, c.hidden_size, place)
         self.context = _cross_attention(c) if c.conditioning == "cross_attention" else NoContext()
         self.mlp = MLP(c.hidden_size, c.mlp_ratio)
 
@@ -157,6 +157,9 @@ class DiTBlock(nn.Module):
         x = add_branch(x, self.mixer(modulate(self.norm1(x), m1), grid), m1)
         x = self.context(x, context)
         return add_branch(x, self.mlp(modulate(self.norm2(x), m2)), m2)
+
+    def branches(self) -> tuple[nn.Module, ...]:
+        return self.mixer, self.mlp
 
 
 def _cross_attention(c: DiTConfig) -> CrossAttention:

@@ -101,11 +101,14 @@ class NoContext(nn.Module):
         return x
 
 
-class AppendContext(nn.Module):
-    """In-context conditioning: the context joins the sequence, behind the image tokens and without a position."""
+class PrependContext(nn.Module):
+    """In-context conditioning: the context joins the sequence, before the image tokens and without a position.
+
+    Attention does not care where it stands; Bi-WKV and state spaces do, and Diffusion-RWKV's figure puts it in front.
+    """
 
     def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D"]) -> Float[Tensor, "B M D"]:
-        return torch.cat([x, context.to(x.dtype)], dim=1)
+        return torch.cat([context.to(x.dtype), x], dim=1)
 
 
 def build_modulation(kind: ConditioningKind, hidden_size: int, branches: int) -> AdaLN | NoModulation:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class Op:
         fast: twins in order of preference.
         refuses: "" when the named twin takes these inputs, else the reason why not.
         example: `example(tokens, dtype, seed)` makes inputs for tests and benchmarks.
+        macs: multiply-adds of one call by kind of work ("attention", "fft", "scan", ...), from the shapes alone.
+        batched: positions of the arguments whose first dimension is the batch; None = all of them.
     """
 
     name: str
@@ -26,12 +29,15 @@ class Op:
     fast: dict[str, Callable[..., Tensor]]
     refuses: Callable[[str, tuple[Tensor, ...]], str]
     example: Callable[..., tuple[Tensor, ...]]
+    macs: Callable[..., dict[str, int]]
+    batched: tuple[int, ...] | None = None
 
-    def __call__(self, *args: Tensor, impl: str = "auto") -> Tensor:
+    def __call__(self, *args: Tensor, impl: str = "auto", **options: Any) -> Tensor:
         """Run one implementation.
 
         Args:
             impl: "auto", "reference" or a twin's name; `force()` sets it for a whole stretch of code.
+            options: plain numbers that the op takes by name, such as the size of a shift.
 
         Raises:
             ValueError: there is no such implementation, or it cannot take these inputs.
@@ -40,14 +46,14 @@ class Op:
         if impl == "auto":
             impl = next((name for name in self.fast if not self.refuses(name, args)), "reference")
         if impl == "reference":
-            return self.reference(*args)
+            return self.reference(*args, **options)
         if impl not in self.fast:
             raise ValueError(
                 f"op {self.name!r} has no implementation {impl!r}; choose from {['auto', 'reference', *self.fast]}"
             )
         if reason := self.refuses(impl, args):
             raise ValueError(f"op {self.name!r}: {impl!r} cannot take these inputs: {reason}")
-        return self.fast[impl](*args)
+        return self.fast[impl](*args, **options)
 
 
 @contextmanager

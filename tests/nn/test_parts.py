@@ -10,12 +10,12 @@ from torch import nn
 from smalti.errors import ConfigError
 from smalti.nn.conditioning import (
     AdaLN,
-    AppendContext,
     Conditioning,
     CrossAttention,
     Modulation,
     NoContext,
     NoModulation,
+    PrependContext,
     add_branch,
     build_head_modulation,
     build_modulation,
@@ -218,7 +218,7 @@ def test_cross_attention_heads_that_do_not_divide_are_refused(heads):
 
 def test_context_joins_behind_the_image_tokens_or_not_at_all():
     x, context = torch.randn(2, 4, 8), torch.randn(2, 2, 8)
-    assert torch.equal(AppendContext()(x, context), torch.cat([x, context], dim=1))
+    assert torch.equal(PrependContext()(x, context), torch.cat([context, x], dim=1))
     assert NoContext()(x, context) is x
 
 

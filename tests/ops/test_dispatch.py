@@ -19,14 +19,19 @@ def refuses(impl, args):
     return "it never can" if impl == "never" else ""
 
 
+def no_macs(x):
+    return {}
+
+
 OP = Op(
     "toy",
     returns(0),
     {"never": returns(1), "picky": returns(2), "plain": returns(3)},
     refuses,
     lambda tokens, dtype: (),
+    no_macs,
 )
-LONELY = Op("lonely", returns(0), {"never": returns(1)}, refuses, lambda tokens, dtype: ())
+LONELY = Op("lonely", returns(0), {"never": returns(1)}, refuses, lambda tokens, dtype: (), no_macs)
 SMALL, LARGE = torch.zeros(2), torch.zeros(3)
 
 
@@ -102,6 +107,6 @@ def test_an_error_inside_a_twin_is_an_error_and_no_fallback():
     def breaks(x):
         raise ImportError("no such kernel")
 
-    op = Op("breaks", returns(0), {"broken": breaks}, lambda impl, args: "", lambda tokens, dtype: ())
+    op = Op("breaks", returns(0), {"broken": breaks}, lambda impl, args: "", lambda tokens, dtype: (), no_macs)
     with pytest.raises(ImportError, match="no such kernel"):
         op(SMALL)

@@ -1,7 +1,7 @@
 """What a source of released weights is to us."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ class Source:
 
     name: str  # owner/repository
     kind: str  # of the backbone that its weights become
-    hyperparameters: Mapping[str, type]  # released names; all are needed
+    hyperparameters: Mapping[str, type]  # released names
     keys: KeyMap
     config: Callable[[Mapping[str, Any], Mapping[str, Tensor]], BackboneConfig]  # from hyper-parameters and weights
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of the released constructor, for those not given

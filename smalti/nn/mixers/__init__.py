@@ -3,16 +3,16 @@
 from torch import nn
 
 from smalti.nn.mixers.attention import Attention, AttentionConfig
-from smalti.nn.mixers.base import MixerConfig
+from smalti.nn.mixers.base import ALONE, MixerConfig, Place
 
 MIXERS: dict[str, tuple[type[MixerConfig], type[nn.Module]]] = {
     AttentionConfig.kind: (AttentionConfig, Attention),
 }
 
 
-def build_mixer(config: MixerConfig, hidden_size: int) -> nn.Module:
-    """The module that a mixer config stands for."""
-    return MIXERS[config.kind][1](config, hidden_size)
+def build_mixer(config: MixerConfig, hidden_size: int, place: Place = ALONE) -> nn.Module:
+    """The module that a mixer config stands for, initialised for its place in the stack."""
+    return MIXERS[config.kind][1](config, hidden_size, place)
 
 
-__all__ = ["MIXERS", "Attention", "AttentionConfig", "MixerConfig", "build_mixer"]
+__all__ = ["ALONE", "MIXERS", "Attention", "AttentionConfig", "MixerConfig", "Place", "build_mixer"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from smalti.errors import ConfigError
 from smalti.nn.layers import Grid, linear
-from smalti.nn.mixers.base import MixerConfig
+from smalti.nn.mixers.base import ALONE, MixerConfig, Place
 from smalti.ops import attention
 
 
@@ -23,7 +23,7 @@ class AttentionConfig(MixerConfig):
 class Attention(nn.Module):
     """One product gives queries, keys and values, packed in that order; the grid is not used."""
 
-    def __init__(self, config: AttentionConfig, hidden_size: int) -> None:
+    def __init__(self, config: AttentionConfig, hidden_size: int, place: Place = ALONE) -> None:
         super().__init__()
         if config.num_heads < 1 or hidden_size % config.num_heads:
             raise ConfigError(

@@ -33,6 +33,10 @@ def _example(
     return tuple(torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3))
 
 
+def _macs(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+    return {"attention": query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * value.shape[-2:].numel()}
+
+
 attention = Op(
-    "attention", attention_reference, {"matmul": attention_matmul, "sdpa": attention_sdpa}, _refuses, _example
+    "attention", attention_reference, {"matmul": attention_matmul, "sdpa": attention_sdpa}, _refuses, _example, _macs
 )

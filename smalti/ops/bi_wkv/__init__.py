@@ -1,0 +1,29 @@
+"""Bi-WKV: a mean over all tokens whose weights decay with distance, in both directions, per channel."""
+
+import torch
+from torch import Tensor
+
+from smalti.ops.bi_wkv.reference import bi_wkv_reference
+from smalti.ops.dispatch import Op
+
+
+def _refuses(impl: str, args: tuple[Tensor, ...]) -> str:
+    return ""
+
+
+def _example(
+    tokens: int, dtype: torch.dtype, *, seed: int = 0, batch: int = 2, channels: int = 12
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    decay = torch.linspace(-5, 3, channels) + 0.5 * torch.randn(channels, generator=generator)
+    bonus = torch.randn(channels, generator=generator)
+    key, value = torch.randn(2, batch, tokens, channels, generator=generator)
+    return tuple(x.to(dtype).requires_grad_() for x in (decay / tokens, bonus / tokens, key, value))
+
+
+def _macs(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+    # 13 operations per token and channel, as the paper counts; two operations are one multiply-add.
+    return {"scan": 13 * key.numel() // 2}
+
+
+bi_wkv = Op("bi_wkv", bi_wkv_reference, {}, _refuses, _example, _macs, batched=(2, 3))
