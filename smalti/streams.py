@@ -9,7 +9,7 @@ import torch
 _MASK = (1 << 64) - 1
 
 # Stream ids. Numbers, not names, because a stored run depends on them: never renumber, only append.
-ORDER, AUGMENT, NOISE, TIMESTEP, LABEL_DROP, SAMPLE_NOISE, SAMPLE_LABEL, SPLIT, INIT, VALIDATION = range(1, 11)
+ORDER, AUGMENT, NOISE, TIMESTEP, LABEL_DROP, SAMPLE_NOISE, SAMPLE_LABEL, SPLIT, INIT, VALIDATION, DEPTH = range(1, 12)
 
 
 def splitmix64(x: int) -> int:

@@ -44,6 +44,8 @@ class ObjectiveConfig:
         min_snr_gamma: that cap, as a signal-to-noise ratio.
         variational_weight: of the variational bound beside the simple loss, when the backbone learns its variance.
         label_dropout: share of class labels hidden in training, which guidance needs; 0 = none.
+        label_drop: shared = a label is hidden from the whole network; independent = from each label table on its own,
+            which is what U-DiT's released training does with its three tables.
 
     Raises:
         ConfigError: a value out of its range, or noise prediction on the flow path, where the start has no signal.
@@ -59,6 +61,7 @@ class ObjectiveConfig:
     min_snr_gamma: float = 5.0
     variational_weight: float = 1.0
     label_dropout: float = 0.1
+    label_drop: Literal["shared", "independent"] = "shared"
 
     def __post_init__(self) -> None:
         if self.schedule == "flow" and self.prediction == "eps":
@@ -93,7 +96,7 @@ def draw_levels(schedule: Schedule, config: ObjectiveConfig, uniforms: Float[Ten
 def training_losses(
     backbone: BackboneFunction,
     x0: Float[Tensor, "B C H W"],
-    class_labels: Int[Tensor, "B"] | None,
+    class_labels: Int[Tensor, "B"] | Int[Tensor, "B K"] | None,
     *,
     eps: Float[Tensor, "B C H W"],
     levels: LevelBatch,

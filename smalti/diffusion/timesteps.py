@@ -10,9 +10,9 @@ from smalti import streams
 from smalti.errors import ConfigError
 
 
-def keyed_uniforms(seed: int, stream: int, positions: Iterable[int]) -> Float[Tensor, "B"]:
+def keyed_uniforms(seed: int, stream: int, positions: Iterable[int], *ids: int) -> Float[Tensor, "B"]:
     """One number in [0, 1) per sample: a function of seed, stream and the sample's position in the run."""
-    return torch.tensor([streams.uniform(seed, stream, position) for position in positions], dtype=torch.float64)
+    return torch.tensor([streams.uniform(seed, stream, position, *ids) for position in positions], dtype=torch.float64)
 
 
 def logit_normal(uniforms: Float[Tensor, "B"], mean: float, std: float) -> Float[Tensor, "B"]:

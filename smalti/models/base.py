@@ -28,6 +28,11 @@ class BackboneConfig(Kinds):
         return {kind: entry.config for kind, entry in BACKBONES.items()}
 
     @property
+    def label_tables(self) -> int:
+        """How many tables look the class up; `class_labels` may then be (B, tables), one label for each."""
+        return 1
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learned_variance else 1)
 

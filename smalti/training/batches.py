@@ -19,9 +19,10 @@ class TrainBatch:
     """What the loss of one step, or of a part of one, is a function of; all on the CPU."""
 
     x0: Float[Tensor, "B C H W"]
-    class_labels: Int[Tensor, "B"] | None
+    class_labels: Int[Tensor, "B"] | Int[Tensor, "B K"] | None
     eps: Float[Tensor, "B C H W"]
     levels: LevelBatch
+    positions: range
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -37,6 +38,7 @@ class BatchSource:
     Args:
         null_class: what a hidden label becomes; None = labels are never hidden.
         conditional: whether the network is told the labels that the images have.
+        label_tables: of the network; see `label_drop` of the objective.
     """
 
     image_set: ImageSet
@@ -47,6 +49,7 @@ class BatchSource:
     flip: bool
     seed: int
     conditional: bool = True
+    label_tables: int = 1
 
     def at(self, start: int, count: int) -> TrainBatch:
         """The samples at positions `start` to `start + count - 1`."""
@@ -54,10 +57,20 @@ class BatchSource:
         images = load_batch(self.image_set, self.order, positions, flip=self.flip, seed=self.seed)
         labels = images.class_labels if self.conditional else None
         if labels is not None and self.null_class is not None:
-            dropped = drop_mask(keyed_uniforms(self.seed, streams.LABEL_DROP, positions), self.objective.label_dropout)
-            labels = drop_labels(labels, dropped, self.null_class)
+            labels = self._hide(labels, positions, self.null_class)
         levels = draw_levels(self.schedule, self.objective, keyed_uniforms(self.seed, streams.TIMESTEP, positions))
-        return TrainBatch(images.images, labels, self._noise(positions, images.images), levels)
+        return TrainBatch(images.images, labels, self._noise(positions, images.images), levels, positions)
+
+    def _hide(self, labels: Tensor, positions: range, null_class: int) -> Tensor:
+        """One draw for all label tables, (B,), or one for each, (B, tables)."""
+        if self.objective.label_drop == "shared" or self.label_tables == 1:
+            uniforms = keyed_uniforms(self.seed, streams.LABEL_DROP, positions)
+            return drop_labels(labels, drop_mask(uniforms, self.objective.label_dropout), null_class)
+        columns = []
+        for table in range(self.label_tables):
+            uniforms = keyed_uniforms(self.seed, streams.LABEL_DROP, positions, table)
+            columns.append(drop_labels(labels, drop_mask(uniforms, self.objective.label_dropout), null_class))
+        return torch.stack(columns, dim=1)
 
     def _noise(self, positions: range, like: Tensor) -> Tensor:
         eps = torch.empty_like(like)

@@ -72,6 +72,8 @@ class RunConfig:
         batch_size: images per step.
         micro_batch: images per forward pass; gradients of a step are summed over them. None = the whole batch.
         precision: fp32, or bf16 autocast around fp32 weights.
+        stochastic_depth: share of images that leave out the residual branches of the deepest blocks in training, less
+            for earlier ones; 0 = none. Diffusion-RWKV's released training uses 0.1.
         ema_decay: None = suited to `steps`; see docs/guide/train.md.
         seed: of everything random in the run.
         device: auto = cuda, else mps, else cpu.
@@ -91,6 +93,7 @@ class RunConfig:
     batch_size: int = 64
     micro_batch: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    stochastic_depth: float = 0.0
     ema_decay: float | None = None
     seed: int = 0
     device: str = "auto"
@@ -109,6 +112,8 @@ class RunConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise ConfigError(f"micro_batch {self.micro_batch} must be between 1 and batch_size {self.batch_size}")
+        if not 0 <= self.stochastic_depth < 1:
+            raise ConfigError(f"stochastic_depth must be in [0, 1), got {self.stochastic_depth}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         for name in ("log_every", "validate_every", "sample_every", "checkpoint_every"):
@@ -117,4 +122,14 @@ class RunConfig:
 
 
 # A run with other values of these is another run: its samples, noise or weights would not follow from the stored ones.
-IDENTITY = ("model", "override", "data", "objective", "optimizer", "batch_size", "seed", "ema_decay")
+IDENTITY = (
+    "model",
+    "override",
+    "data",
+    "objective",
+    "optimizer",
+    "batch_size",
+    "seed",
+    "stochastic_depth",
+    "ema_decay",
+)

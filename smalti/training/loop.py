@@ -14,6 +14,7 @@ from smalti.training.config import RunConfig
 from smalti.training.device import autocast
 from smalti.training.optim import learning_rate
 from smalti.training.state import TrainState
+from smalti.training.stochastic_depth import stochastic_depth
 
 SKIP_WINDOW, SKIP_BUDGET = 1000, 10
 
@@ -68,7 +69,8 @@ def _loss(
 ) -> torch.Tensor:
     """Sum of the losses of the samples; the caller divides by the size of the whole batch."""
     labels = None if batch.class_labels is None else batch.class_labels.to(device)
-    with autocast(device, config.precision):
+    depth = stochastic_depth(state.model, config.stochastic_depth, config.seed, batch.positions)
+    with autocast(device, config.precision), depth:
         losses = training_losses(
             state.model,
             batch.x0.to(device),

@@ -121,6 +121,7 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
         schedule=schedule,
         objective=config.objective,
         conditional=conditional,
+        label_tables=model.label_tables,
         null_class=model.num_classes if conditional and model.null_class else None,
         flip=config.data.flip,
         seed=config.seed,

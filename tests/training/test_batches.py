@@ -1,5 +1,7 @@
 """The data of a step is a function of counters: every test here would fail for anything that remembers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +117,25 @@ def test_another_seed_changes_order_noise_levels_and_label_fate():
     assert abs(torch.corrcoef(stacked)[0, 1].item()) < 5 / 400**0.5
     fates = torch.stack([(b.class_labels == CLASSES).double() for b in (one, two)])
     assert abs(torch.corrcoef(fates)[0, 1].item()) < 5 / 400**0.5
+
+
+def test_labels_are_hidden_from_all_tables_at_once_or_from_each_alone():
+    positions, tables, rate = 4000, 3, 0.3
+    shared = replace(source(label_dropout=rate), label_tables=tables).at(0, positions).class_labels
+    assert shared.shape == (positions,)
+    apart = replace(source(label_dropout=rate, label_drop="independent"), label_tables=tables)
+    labels = apart.at(0, positions).class_labels
+    assert labels.shape == (positions, tables)
+    hidden = labels == CLASSES
+    spread = 5 * (rate * (1 - rate) / positions) ** 0.5
+    assert all(abs(hidden[:, k].double().mean().item() - rate) < spread for k in range(tables))
+    assert hidden.all(dim=1).double().mean().item() == pytest.approx(rate**3, abs=spread)
+    plain = source(label_dropout=0.0).at(0, positions).class_labels
+    assert torch.equal(labels.where(~hidden, plain[:, None]), plain[:, None].expand(-1, tables))
+    assert torch.equal(torch.cat([apart.at(0, 7).class_labels, apart.at(7, 9).class_labels]), labels[:16])
+
+
+def test_a_network_with_one_table_has_nothing_to_hide_apart():
+    assert torch.equal(
+        source(label_drop="independent").at(0, 50).class_labels, source(label_drop="shared").at(0, 50).class_labels
+    )
