@@ -1,7 +1,7 @@
 """Foreign tensor names to ours and back. A model never bends to a checkpoint; a map does."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 _LEAF = r"(?P<leaf>(?:\.weight|\.bias)?)"
 
@@ -10,10 +10,15 @@ class KeyMap:
     """Rules `{their prefix: our prefix}`; `{}` stands for a block number, and `.weight` and `.bias` follow the prefix.
 
     Only names change: where shapes or orders differ between two codes, ours follows the released one.
+
+    Args:
+        optional: rules, by their prefix, for parts that some released networks have and others have not.
     """
 
-    def __init__(self, rules: Mapping[str, str]) -> None:
-        self.rules = dict(rules)
+    def __init__(self, rules: Mapping[str, str], optional: Collection[str] = ()) -> None:
+        self.rules, self.optional = dict(rules), frozenset(optional)
+        if unknown := self.optional - set(rules):
+            raise ValueError(f"{sorted(unknown)} are optional, but no rules")
 
     def to_ours(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         """Their names with ours, and those that no rule knows.
@@ -32,9 +37,9 @@ class KeyMap:
         return _rename({ours: theirs for theirs, ours in self.rules.items()}, names)
 
     def idle(self, names: Iterable[str]) -> list[str]:
-        """Rules that meet none of their names."""
-        names = list(names)
-        return [rule for rule in self.rules if not any(_pattern(rule).fullmatch(name) for name in names)]
+        """Rules, but for the optional ones, that meet none of their names."""
+        names, needed = list(names), [rule for rule in self.rules if rule not in self.optional]
+        return [rule for rule in needed if not any(_pattern(rule).fullmatch(name) for name in names)]
 
 
 def _rename(rules: Mapping[str, str], names: Iterable[str]) -> tuple[dict[str, str], list[str]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.checkpoints.maps import MAPS, Source
-from smalti.checkpoints.tensors import differences, shapes_of
+from smalti.storage.tensors import differences, shapes_of
 from smalti.config import did_you_mean
 from smalti.errors import CheckpointError, ConfigError
 from smalti.models import BackboneConfig, build_backbone
@@ -68,6 +68,8 @@ def to_official(model: nn.Module, source: str | None = None) -> dict[str, Tensor
             f"a {config.kind!r} backbone has {len(fitting)} released forms{f' from {source!r}' if source else ''}; "
             f"choose from {', '.join(MAPS)}"
         )
+    if reason := MAPS[fitting[0]].unreleased(config):
+        raise ConfigError(f"{fitting[0]} cannot do {reason}: such a network was never released")
     theirs = _theirs(MAPS[fitting[0]], model)
     return {theirs[name]: tensor.detach() for name, tensor in model.state_dict().items()}
 
@@ -93,8 +95,11 @@ def _check_hyperparameters(origin: Source, given: Mapping[str, Any]) -> dict[str
         value = given.get(name, origin.defaults.get(name))
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if kind is list and isinstance(value, tuple):
+            value = list(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{origin.name}: hyper-parameter {name} is {value!r}, expected {kind.__name__}")
+            wanted_type = getattr(kind, "__name__", str(kind))
+            raise ConfigError(f"{origin.name}: hyper-parameter {name} is {value!r}, expected {wanted_type}")
         values[name] = value
     return values
 
