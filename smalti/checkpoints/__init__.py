@@ -1,13 +1,13 @@
 """Weights on disk: the checkpoints of a run, finished models, and the import of officially released weights."""
 
-from smalti.checkpoints.files import Bundle, load_bundle, load_model, save_model
-from smalti.checkpoints.filesystem import FileSystem, LocalFileSystem, Writer
 from smalti.checkpoints.keymap import KeyMap
 from smalti.checkpoints.lock import RunLock
 from smalti.checkpoints.maps import MAPS
 from smalti.checkpoints.official import from_official, to_official
 from smalti.checkpoints.store import CheckpointStore, StoredCheckpoint
-from smalti.checkpoints.tensors import load_tensors
+from smalti.models.files import Bundle, load_bundle, load_model, save_model
+from smalti.storage.filesystem import FileSystem, LocalFileSystem, Writer
+from smalti.storage.tensors import load_tensors
 
 __all__ = [
     "MAPS",

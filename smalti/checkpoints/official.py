@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from smalti.checkpoints.maps import MAPS, Source
-from smalti.storage.tensors import differences, shapes_of
 from smalti.config import did_you_mean
 from smalti.errors import CheckpointError, ConfigError
 from smalti.models import BackboneConfig, build_backbone
+from smalti.storage.tensors import differences, shapes_of
 
 
 def from_official(source: str, state_dict: Mapping[str, Tensor], **hyperparameters: Any) -> nn.Module:

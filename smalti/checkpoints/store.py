@@ -18,7 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from smalti.checkpoints.filesystem import (
+from smalti.checkpoints.process import Process, is_dead
+from smalti.errors import CheckpointError, StorageError
+from smalti.storage.filesystem import (
     FileRecord,
     FileSystem,
     LocalFileSystem,
@@ -29,10 +31,8 @@ from smalti.checkpoints.filesystem import (
     storage_errors,
     write_file,
 )
-from smalti.checkpoints.process import Process, is_dead
-from smalti.checkpoints.sealed import NewerFormatError, check_format, seal, smalti_version, unseal
-from smalti.checkpoints.tensors import file_pieces, file_size, read_tensors, refuse_non_finite
-from smalti.errors import CheckpointError, StorageError
+from smalti.storage.sealed import NewerFormatError, check_format, seal, smalti_version, unseal
+from smalti.storage.tensors import file_pieces, file_size, read_tensors, refuse_non_finite
 
 FORMAT, VERSION = "smalti-checkpoint", 1
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from smalti.checkpoints import load_bundle, load_model, load_tensors, save_model
-from smalti.checkpoints.sealed import seal
 from smalti.config import to_dict
 from smalti.errors import CheckpointError, ConfigError, NumericError, StorageError
 from smalti.models import DiTConfig, build_backbone
 from smalti.nn.mixers import AttentionConfig
+from smalti.storage.sealed import seal
 
 CONFIG = DiTConfig(
     hidden_size=16, depth=2, mixer=AttentionConfig(num_heads=2), sample_size=(8, 4), in_channels=3, num_classes=5

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 from smalti.checkpoints import CheckpointStore
-from smalti.checkpoints.sealed import seal
 from smalti.errors import CheckpointError, NumericError, StorageError
+from smalti.storage.sealed import seal
 
 
 def never(message):

@@ -16,11 +16,11 @@ from tiny_runs import flags, write_set
 import smalti
 from smalti import errors
 from smalti.checkpoints import RunLock, load_bundle, save_model
-from smalti.checkpoints.filesystem import read_record
-from smalti.checkpoints.sealed import seal
 from smalti.cli import VERBS, main
 from smalti.config import to_dict
 from smalti.presets import PRESETS, create_model
+from smalti.storage.filesystem import read_record
+from smalti.storage.sealed import seal
 from smalti.training import loop
 from smalti.workflows.sample import parse_seeds
 

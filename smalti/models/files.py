@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from smalti.checkpoints.filesystem import (
+from smalti.config import from_dict, to_dict
+from smalti.errors import CheckpointError, ConfigError
+from smalti.models import BackboneConfig, build_backbone
+from smalti.storage.filesystem import (
     FileRecord,
     FileSystem,
     LocalFileSystem,
@@ -23,8 +26,8 @@ from smalti.checkpoints.filesystem import (
     storage_errors,
     write_file,
 )
-from smalti.checkpoints.sealed import check_format, seal, smalti_version, unseal
-from smalti.checkpoints.tensors import (
+from smalti.storage.sealed import check_format, seal, smalti_version, unseal
+from smalti.storage.tensors import (
     differences,
     file_pieces,
     file_size,
@@ -32,9 +35,6 @@ from smalti.checkpoints.tensors import (
     refuse_non_finite,
     shapes_of,
 )
-from smalti.config import from_dict, to_dict
-from smalti.errors import CheckpointError, ConfigError
-from smalti.models import BackboneConfig, build_backbone
 
 FORMAT, VERSION = "smalti-model", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
