@@ -17,20 +17,34 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT,)}
 
 
 def find_preset(name: str) -> Preset:
-    """A preset by name, in any of the usual spellings: dit-xl-2, dit_xl_2, DiT-XL/2.
+    """A preset by name, in any of the usual spellings: dit-xl-2, dit_xl_2, DiT-XL/2, U-DiT-B.
 
     Raises:
         ConfigError: there is none; the message suggests the nearest.
     """
-    plain = name.lower().replace("_", "-").replace("/", "-")
-    if plain not in PRESETS:
-        raise ConfigError(f"no preset {name!r}{did_you_mean(plain, PRESETS)} (`smalti presets` lists them all)")
-    return PRESETS[plain]
+    wanted = _letters(name)
+    found = next(
+        (preset for preset in PRESETS.values() if wanted in (_letters(preset.name), _letters(preset.title))), None
+    )
+    if found is None:
+        raise ConfigError(f"no preset {name!r}{did_you_mean(_plain(name), PRESETS)} (`smalti presets` lists them all)")
+    return found
+
+
+def _letters(name: str) -> str:
+    """What all spellings of a name share."""
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").replace("/", "-")
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the presets that match a shell-style pattern, such as `dit-*-2`."""
-    return fnmatch.filter(PRESETS, pattern.lower().replace("_", "-").replace("/", "-"))
+    """Names of the presets that match a shell-style pattern, such as `dit-*-2` or `U-DiT-*`."""
+    wanted = _plain(pattern)
+    spellings = {preset.name: (preset.name, _plain(preset.title)) for preset in PRESETS.values()}
+    return [name for name, known in spellings.items() if fnmatch.filter(known, wanted)]
 
 
 def preset_config(name: str, **overrides: Any) -> BackboneConfig:

@@ -54,6 +54,14 @@ def test_models_are_listed_by_pattern(pattern, names):
     assert smalti.list_models(pattern) == names
 
 
+def test_no_two_presets_share_a_spelling():
+    owners = {}
+    for preset in PRESETS.values():
+        for name in (preset.name, preset.title):
+            owners.setdefault("".join(c for c in name.lower() if c.isalnum()), set()).add(preset.name)
+    assert {spelling: names for spelling, names in owners.items() if len(names) > 1} == {}
+
+
 def test_every_name_is_its_row_s_and_its_own_spelling_finds_it():
     for name, preset in PRESETS.items():
         assert preset.name == name
