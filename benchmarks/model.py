@@ -67,11 +67,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _counts(config: BackboneConfig) -> dict[str, Any]:
-    macs, parameters = count_macs(config), count_parameters(config)
+    macs, parameters = count_macs(config, fused=True), count_parameters(config)
     return {
         "parameters": parameters.total,
         "trained_parameters": parameters.trained,
-        "gmacs": macs.giga,
+        "gmacs": macs.total / 1e9,
         "gmacs_by_part": {part: count / 1e9 for part, count in macs.by_part.items()},
         "parameters_by_part": parameters.by_part,
     }

@@ -1,17 +1,33 @@
-"""Multiply-adds and parameters, counted on the network itself and split into parts.
+"""Multiply-adds and parameters, counted on the network itself, split into parts and kinds of work.
 
-One multiply-add is one MAC; the papers print GMACs and call them Gflops.
+One multiply-add is one MAC of real numbers, or two floating-point operations; the papers print GMACs and call them
+Gflops. docs/numbers.md says what counts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
-from smalti.models import BackboneConfig, build_backbone
+from smalti.models import Backbone, BackboneConfig, build_backbone, config_of
+from smalti.ops.dispatch import Op, watch
+
+# What the papers' tables count. Transforms, recurrences and kernels come on top and are shown beside.
+PUBLISHED_KINDS = ("linear", "conv", "attention")
+
+
+@runtime_checkable
+class Fusable(Protocol):
+    """A network with another form of the same function for inference, in fewer numbers."""
+
+    def fuse(self) -> nn.Module:
+        """A new module; the network itself is left as it is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,16 +36,19 @@ class MacCount:
 
     Args:
         by_part: the same split by what does the work (embed, conditioning, modulation, mixer, mlp, head, ...), summed
-            over all blocks; the values add up to `total`.
+            over all blocks.
+        by_kind: the same split by the kind of work: "linear" and "conv" as PyTorch counts them, and what the ops count
+            of themselves: "attention", "scan", "fft", "kernel", ... Both splits add up to `total`.
     """
 
     total: int
     by_part: dict[str, int]
+    by_kind: dict[str, int]
 
     @property
-    def giga(self) -> float:
-        """In 10^9, as the papers print it."""
-        return self.total / 1e9
+    def published(self) -> int:
+        """What the papers' tables count: matrix products, convolutions and attention."""
+        return sum(self.by_kind.get(kind, 0) for kind in PUBLISHED_KINDS)
 
 
 @dataclass(frozen=True)
@@ -37,25 +56,30 @@ class ParameterCount:
     """How many numbers a network holds.
 
     Args:
-        trained: those that training changes, the papers' count.
+        trained: those that training changes, the papers' count of most networks.
         total: with the frozen ones, as the position table of a DiT.
+        fused: those of the inference form, frozen ones left out; as `trained` for a network that has no other form.
         by_part: `total` split as in `MacCount`.
     """
 
     trained: int
     total: int
+    fused: int
     by_part: dict[str, int]
 
 
-def count_macs(model: nn.Module | BackboneConfig, *, sample_size: tuple[int, int] | None = None) -> MacCount:
-    """Multiply-adds of one forward of one image: matrix products, convolutions and attention, nothing elementwise.
+def count_macs(
+    model: nn.Module | BackboneConfig, *, sample_size: tuple[int, int] | None = None, fused: bool = False
+) -> MacCount:
+    """Multiply-adds of one forward of one image: matrix products, convolutions and ops, nothing elementwise.
 
-    The network runs on the meta device, where a forward of any size costs nothing, and where the counter sees both
-    products of attention (on a CPU it does not look into the fused kernel).
+    The network runs on the meta device, where a forward of any size costs no memory and every matrix product is seen.
+    An op counts by its own rule (`Op.macs`), whatever implementation would run it, and not by the products inside.
 
     Args:
         model: a backbone, on any device, or the config of one. It is left as it is.
         sample_size: rows and columns of the latents; None = those that the network is made for.
+        fused: count the inference form of a network that has one.
 
     Raises:
         ValueError: the network refuses latents of this size.
@@ -63,37 +87,41 @@ def count_macs(model: nn.Module | BackboneConfig, *, sample_size: tuple[int, int
     Source: counting rule of Peebles & Xie 2023, arXiv:2212.09748, table 4, confirmed by recount.
     """
     network = _on_meta(model)
-    config: BackboneConfig = network.config  # type: ignore[assignment]
+    config = config_of(network)
+    if fused and isinstance(network, Fusable):
+        network = network.fuse()
     rows, columns = config.sample_size if sample_size is None else sample_size
-    latents = torch.empty(1, config.in_channels, rows, columns, device="meta")
-    timesteps = torch.empty(1, device="meta")
-    labels = torch.empty(1, dtype=torch.int64, device="meta") if config.num_classes else None
     weights = {name: t.detach().to("meta") for name, t in (*network.named_parameters(), *network.named_buffers())}
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        functional_call(network, weights, (latents, timesteps, labels))
+    flops, tracker = FlopCounterMode(display=False), ModuleTracker()
+    ops = _OpCounter(flops, tracker)
+    with torch.device("meta"), torch.no_grad():
+        latents, timesteps = torch.empty(1, config.in_channels, rows, columns), torch.empty(1)
+        labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
+        with tracker, flops, watch(ops):
+            functional_call(network, weights, (latents, timesteps, labels))
     root = type(network).__name__
-    flops = {
-        path.removeprefix(root).removeprefix("."): sum(counts.values())
-        for path, counts in counter.get_flop_counts().items()
-        if path != "Global"
-    }
-    own = dict(flops)  # without what the modules inside it did
-    for path, count in flops.items():
-        if path:
-            own[_caller(path, flops)] -= count
-    by_part = _sum_by_part((_part(network, path), count // 2) for path, count in own.items())
-    return MacCount(counter.get_total_flops() // 2, by_part)
+    counted = [*_products(flops, root), *((_inside(path, root), kind, n) for path, kind, n in ops.counted)]
+    blocks = _block_paths(network)
+    by_part = _sum((_part(network, path, blocks), n) for path, _, n in counted)
+    by_kind = _sum((kind, n) for _, kind, n in counted)
+    return MacCount(sum(by_kind.values()), by_part, by_kind)
 
 
 def count_parameters(model: nn.Module | BackboneConfig) -> ParameterCount:
-    """Trained and all parameters of a backbone or of the one that a config describes; nothing is allocated."""
+    """Trained, all and fused parameters of a backbone or of the one that a config describes; nothing is allocated."""
     network = _on_meta(model)
     named = list(network.named_parameters())
+    blocks = _block_paths(network)
     owners = ((*name.rpartition(".")[::2], parameter) for name, parameter in named)
-    by_part = _sum_by_part((_part(network, owner) if owner else name, p.numel()) for owner, name, p in owners)
+    by_part = _sum((_part(network, owner, blocks) if owner else name, p.numel()) for owner, name, p in owners)
     trained = sum(p.numel() for _, p in named if p.requires_grad)
-    return ParameterCount(trained, sum(p.numel() for _, p in named), by_part)
+    fused = trained
+    if isinstance(network, Fusable):
+        frozen = sum(p.numel() for _, p in named) - trained
+        with torch.device("meta"):  # a built network is not copied just to be counted
+            inference = cast(Fusable, build_backbone(config_of(network))).fuse()
+        fused = sum(p.numel() for p in inference.parameters()) - frozen
+    return ParameterCount(trained, sum(p.numel() for _, p in named), fused, by_part)
 
 
 def _on_meta(model: nn.Module | BackboneConfig) -> nn.Module:
@@ -103,17 +131,75 @@ def _on_meta(model: nn.Module | BackboneConfig) -> nn.Module:
         return build_backbone(model)
 
 
-def _caller(path: str, counted: dict[str, int]) -> str:
+class _OpCounter:
+    """Stands in for every op: notes what it counts of itself, and returns a result of the right shape.
+
+    The shape comes from the reference, run once for each kind of input; the matrix products in it are taken back from
+    PyTorch's counter.
+    """
+
+    def __init__(self, flops: FlopCounterMode, tracker: ModuleTracker) -> None:
+        self.counted: list[tuple[str, str, int]] = []  # path, kind, multiply-adds
+        self._flops, self._tracker = flops, tracker
+        self._shapes: dict[Any, Tensor] = {}
+
+    def __call__(self, op: Op, args: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
+        path = max(self._tracker.parents - {"Global"}, key=len)
+        self.counted += [(path, kind, n) for kind, n in op.macs(*args).items()]
+        key = (op.name, tuple((a.shape, a.stride(), a.dtype) for a in args), repr(options))
+        if key not in self._shapes:
+            before = {path: dict(counts) for path, counts in self._flops.flop_counts.items()}
+            with watch(None):
+                self._shapes[key] = op.reference(*args, **options)
+            self._flops.flop_counts.clear()
+            for path, counts in before.items():
+                self._flops.flop_counts[path].update(counts)
+        return torch.empty_like(self._shapes[key])
+
+
+def _products(flops: FlopCounterMode, root: str) -> list[tuple[str, str, int]]:
+    """(path, kind, multiply-adds) of what PyTorch counts, each module without what the modules inside it did."""
+    counts = {
+        _inside(path, root): _sum((_kind(op), n // 2) for op, n in by_op.items())
+        for path, by_op in flops.get_flop_counts().items()
+        if path != "Global"
+    }
+    own = {path: dict(by_kind) for path, by_kind in counts.items()}
+    for path, by_kind in counts.items():
+        if path:
+            for kind, n in by_kind.items():
+                own[_caller(path, counts)][kind] -= n
+    return [(path, kind, n) for path, by_kind in own.items() for kind, n in by_kind.items()]
+
+
+def _kind(operator: object) -> str:
+    name = str(operator)
+    return "conv" if "conv" in name else "attention" if "attention" in name else "linear"
+
+
+def _inside(path: str, root: str) -> str:
+    return path.removeprefix(root).removeprefix(".")
+
+
+def _caller(path: str, counted: Mapping[str, object]) -> str:
     """The nearest module around this one that ran; lists of modules hold others but never run."""
     while (path := path.rpartition(".")[0]) not in counted:
         pass
     return path
 
 
-def _part(network: nn.Module, path: str) -> str:
-    """The attribute that a module belongs to; lists of blocks are looked into, so that equal parts of blocks add up."""
-    module, listed = network, "rest"
-    for name in path.split(".") if path else ():
+def _block_paths(network: nn.Module) -> set[str]:
+    """Where the repeated blocks stand."""
+    blocks = {id(block) for block in cast(Backbone, network).iter_blocks()}
+    return {path for path, module in network.named_modules() if id(module) in blocks}
+
+
+def _part(network: nn.Module, path: str, blocks: set[str]) -> str:
+    """The attribute that a module belongs to; blocks are looked into, so that equal parts of blocks add up."""
+    names = path.split(".") if path else []
+    inside_block = max((i for i in range(1, len(names)) if ".".join(names[:i]) in blocks), default=0)
+    module, listed = network.get_submodule(".".join(names[:inside_block])), "rest"
+    for name in names[inside_block:]:
         child = module.get_submodule(name)
         if isinstance(child, nn.ModuleList):
             listed = name
@@ -123,8 +209,8 @@ def _part(network: nn.Module, path: str) -> str:
     return listed
 
 
-def _sum_by_part(items: Iterable[tuple[str, int]]) -> dict[str, int]:
+def _sum(items: Iterable[tuple[str, int]]) -> dict[str, int]:
     sums: dict[str, int] = {}
-    for part, count in items:
-        sums[part] = sums.get(part, 0) + count
-    return {part: count for part, count in sums.items() if count}
+    for name, count in items:
+        sums[name] = sums.get(name, 0) + count
+    return {name: count for name, count in sums.items() if count}

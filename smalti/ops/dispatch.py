@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-# A plain global, because a compiler can read and guard it, which it cannot with a context variable.
+# Plain globals, because a compiler can read and guard them, which it cannot with context variables.
 _forced = "auto"
+_watcher: "Watcher | None" = None
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Op:
         fast: twins in order of preference.
         refuses: "" when the named twin takes these inputs, else the reason why not.
         example: `example(tokens, dtype, seed)` makes inputs for tests and benchmarks.
-        macs: multiply-adds of one call by kind of work ("attention", "fft", "scan", ...), from the shapes alone.
+        macs: multiply-adds of one call by kind of work ("attention", "fft", "scan", "kernel"), from the shapes alone:
+            it gets the tensors and no options, and the tensors may hold no numbers.
         batched: positions of the arguments whose first dimension is the batch; None = all of them.
     """
 
@@ -42,6 +44,8 @@ class Op:
         Raises:
             ValueError: there is no such implementation, or it cannot take these inputs.
         """
+        if _watcher is not None:
+            return _watcher(self, args, options)
         impl = _forced if impl == "auto" else impl
         if impl == "auto":
             impl = next((name for name in self.fast if not self.refuses(name, args)), "reference")
@@ -54,6 +58,23 @@ class Op:
         if reason := self.refuses(impl, args):
             raise ValueError(f"op {self.name!r}: {impl!r} cannot take these inputs: {reason}")
         return self.fast[impl](*args, **options)
+
+
+Watcher = Callable[[Op, tuple[Tensor, ...], dict[str, Any]], Tensor]
+
+
+@contextmanager
+def watch(watcher: Watcher | None) -> Iterator[None]:
+    """Hand every call of an op to `watcher(op, args, options)` while the `with` lasts; what it returns is the result.
+
+    For those who count instead of compute. None lets ops run as usual, also inside another `watch`.
+    """
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
 
 
 @contextmanager

@@ -12,13 +12,19 @@ from smalti.presets import PRESETS, list_models
 
 @dataclass(frozen=True)
 class PresetRow:
-    """One line of the table. Parameters in numbers, multiply-adds in 10^9; None where the source is silent."""
+    """One line of the table. Parameters in numbers, multiply-adds in 10^9; None where the source is silent.
+
+    Args:
+        fused: parameters of the inference form, which is also the one that `gmacs` counts and that papers print.
+        gmacs: as the papers count, see `MacCount.published`.
+    """
 
     name: str
     title: str
     sample_size: tuple[int, int]
     parameters: int
     trained: int
+    fused: int
     published_millions: float | None
     gmacs: float
     published_gmacs: float | None
@@ -43,8 +49,9 @@ def preset_rows(pattern: str) -> Iterator[PresetRow]:
             sample_size=preset.config.sample_size,
             parameters=parameters.total,
             trained=parameters.trained,
+            fused=parameters.fused,
             published_millions=preset.published.parameters_m,
-            gmacs=round(count_macs(preset.config).giga, 4),
+            gmacs=round(count_macs(preset.config, fused=True).published / 1e9, 4),
             published_gmacs=preset.published.gmacs,
             source=preset.source,
         )
@@ -57,7 +64,7 @@ def as_json(rows: Iterator[PresetRow]) -> str:
 
 def as_table(rows: Iterator[PresetRow]) -> str:
     """For people."""
-    head = ("preset", "latents", "parameters", "trained", "published", "GMACs", "published", "apart", "source")
+    head = ("preset", "latents", "parameters", "trained", "fused", "published", "GMACs", "published", "apart", "source")
     lines = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = [
@@ -66,8 +73,11 @@ def as_table(rows: Iterator[PresetRow]) -> str:
     ]
     text.insert(1, "-" * len(text[0]))
     notes = (
-        "parameters: with the fixed position table; trained: without. Published: millions, as printed.",
-        "GMACs: 10^9 multiply-adds of one forward of one image; the papers print this number and call it Gflops.",
+        "parameters: with the fixed position table; trained: without; fused: of the inference form, where there is "
+        "another. Published: millions, as printed.",
+        "GMACs: 10^9 multiply-adds of one forward of one image in the inference form; the papers print this number and "
+        "call it Gflops.",
+        "`smalti cost PRESET` counts what the papers leave out, too.",
     )
     return "\n".join(line.rstrip() for line in (*text, "", *notes))
 
@@ -77,7 +87,8 @@ def _cells(row: PresetRow) -> tuple[str, ...]:
     gmacs = f"{row.published_gmacs:.2f}" if row.published_gmacs is not None else ""
     apart = _apart(row.gmacs, row.published_gmacs) if row.published_gmacs is not None else ""
     size = "x".join(map(str, row.sample_size))
-    counted = (f"{row.parameters:,}", f"{row.trained:,}", published, f"{row.gmacs:.3f}", gmacs, apart)
+    fused = f"{row.fused:,}" if row.fused != row.trained else ""
+    counted = (f"{row.parameters:,}", f"{row.trained:,}", fused, published, f"{row.gmacs:.3f}", gmacs, apart)
     return (row.name, size, *counted, row.source)
 
 
@@ -87,4 +98,4 @@ def _apart(counted: float, published: float) -> str:
 
 
 def _pad(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if 2 <= column <= 7 else cell.ljust(width)
+    return cell.rjust(width) if 2 <= column <= 8 else cell.ljust(width)

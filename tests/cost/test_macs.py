@@ -7,11 +7,15 @@ import torch
 from torch import nn
 
 from smalti.config import replace
-from smalti.cost import count_macs, count_parameters
+from smalti.cost import ParameterCount, count_macs, count_parameters
+from smalti.cost import macs as macs_module
 from smalti.models import BackboneConfig, DiTConfig, build_backbone
-from smalti.nn.mixers import AttentionConfig
+from smalti.nn.mixers import MIXERS, AttentionConfig
+from smalti.ops import OPS, Op, attention
 from smalti.presets import create_model
+from smalti.presets.swap import swap_mixer
 
+KINDS = {"linear", "conv", "attention", "scan", "fft", "kernel"}
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 # size, patch, latent side, conditioning: trained parameters, all parameters, published GMACs.
@@ -67,9 +71,9 @@ def test_a_network_of_the_paper_has_its_parameters_exactly_and_its_macs_within_h
     macs, parameters = counted(size, patch, side, conditioning)
     assert (parameters.trained, parameters.total) == (trained, total)
     # The paper prints two decimals, which for the smallest network alone are worth 1.4 %.
-    assert abs(macs.giga - gmacs) <= 0.005 * gmacs + (0.005 if gmacs < 1 else 0)
+    assert abs(macs.published / 1e9 - gmacs) <= 0.005 * gmacs + (0.005 if gmacs < 1 else 0)
     assert sum(parameters.by_part.values()) == total
-    assert sum(macs.by_part.values()) == macs.total
+    assert sum(macs.by_part.values()) == sum(macs.by_kind.values()) == macs.total == macs.published
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -153,6 +157,9 @@ def test_work_of_a_block_itself_is_kept_under_the_name_of_the_list():
             self.blocks = nn.ModuleList([Block(), Block()])
             self.scale = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
 
+        def iter_blocks(self):
+            return iter(self.blocks)
+
         def forward(self, latents, timesteps, class_labels):
             x = latents.flatten(1) @ self.scale
             for block in self.blocks:
@@ -162,3 +169,134 @@ def test_work_of_a_block_itself_is_kept_under_the_name_of_the_list():
     assert count_macs(Net()).by_part == {"rest": 16, "blocks": 32, "inner": 32}
     assert count_parameters(Net()).by_part == {"scale": 16, "blocks": 32, "inner": 40}
     assert count_parameters(Net()).trained == 72
+
+
+# --- kinds of work
+
+
+def test_a_dit_is_linear_layers_and_attention():
+    tokens, d, depth = 24, 32, 2
+    macs = count_macs(TINY)
+    assert macs.by_kind["attention"] == depth * 2 * tokens**2 * d
+    assert set(macs.by_kind) == {"linear", "attention"}
+    assert sum(macs.by_kind.values()) == sum(macs.by_part.values()) == macs.total == macs.published
+
+
+class Twice(nn.Module):
+    """A network of one op, which is called in a block and has a matrix product and another op inside."""
+
+    config = BackboneConfig(sample_size=(2, 3), in_channels=4, num_classes=0)
+
+    def __init__(self, op):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].mixer = Caller(op)
+        self.after = nn.Conv2d(4, 5, 1, bias=False)
+
+    def iter_blocks(self):
+        return iter(self.blocks)
+
+    def forward(self, latents, timesteps, class_labels):
+        x = latents
+        for block in self.blocks:
+            x = block.mixer(x)
+        return self.after(x)
+
+
+class Caller(nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.op = op
+
+    def forward(self, x):
+        return self.op(self.op(x, shift=1), shift=1) + self.op(x, shift=2)
+
+
+def an_op(calls, macs):
+    def reference(x, shift):
+        calls.append(shift)
+        return attention(x @ torch.empty(3, 3), x, x)
+
+    return Op("an_op", reference, {"fast": reference}, lambda impl, args: "", lambda *a, **k: (), macs)
+
+
+def test_an_op_counts_by_its_own_rule_where_it_is_called_and_never_by_what_is_inside_it():
+    calls = []
+    model = Twice(an_op(calls, lambda x: {"fft": x.numel(), "kernel": 7}))
+    macs = count_macs(model)
+    assert macs.by_kind == {"fft": 3 * 24, "kernel": 3 * 7, "conv": 4 * 5 * 6}
+    assert macs.by_part == {"mixer": 3 * 31, "after": 120}
+    assert (macs.total, macs.published) == (213, 120)
+    assert calls == [1, 2]  # the reference gives the shape, once for each kind of call
+
+
+def test_an_op_that_counts_nothing_leaves_no_trace():
+    assert count_macs(Twice(an_op([], lambda x: {}))).by_kind == {"conv": 120}
+
+
+def test_ops_work_as_usual_after_a_count_even_one_that_failed():
+    with pytest.raises(ValueError, match="divisible"):
+        count_macs(TINY, sample_size=(7, 8))
+    args = attention.example(4, torch.float32)
+    torch.testing.assert_close(attention(*args), attention.reference(*args))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_counts_whole_numbers_from_shapes_alone(name):
+    op = OPS[name]
+    real = op.macs(*op.example(12, torch.float32))
+    empty = op.macs(*(x.to("meta") for x in op.example(12, torch.float32)))
+    assert real == empty
+    assert all(isinstance(n, int) and n > 0 and kind in KINDS for kind, n in real.items())
+    assert op.macs(*op.example(24, torch.float32)).keys() == real.keys()
+
+
+def test_attention_counts_both_products():
+    query, key, value = torch.empty(2, 3, 5, 8), torch.empty(2, 3, 7, 8), torch.empty(2, 3, 7, 4)
+    assert attention.macs(query, key, value) == {"attention": 2 * 3 * 5 * 7 * (8 + 4)}
+
+
+def test_bi_wkv_counts_the_thirteen_operations_per_token_and_channel_of_its_paper():
+    decay, key = torch.empty(6), torch.empty(2, 10, 6)
+    assert OPS["bi_wkv"].macs(decay, decay, key, key) == {"scan": 13 * 2 * 10 * 6 // 2}
+
+
+# --- every mixer in one network
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_mixer_changes_nothing_but_its_own_part(kind):
+    own = count_macs(TINY)
+    swapped = count_macs(swap_mixer(TINY, kind))
+    assert swapped.by_part | {"mixer": 0} == own.by_part | {"mixer": 0}
+    assert swapped.by_part["mixer"] > 0
+    assert sum(swapped.by_kind.values()) == sum(swapped.by_part.values()) == swapped.total
+    assert set(swapped.by_kind) <= KINDS
+
+
+@pytest.mark.parametrize("kind", set(MIXERS) - {"attention", "downsampled_attention"})
+def test_a_linear_mixer_costs_the_same_per_token_at_any_length(kind):
+    """Beside a logarithm for transforms; attention's cost per token grows with the number of tokens."""
+    config = swap_mixer(TINY, kind)
+    small, large = (count_macs(config, sample_size=(s, s)).by_part["mixer"] / s**2 for s in (16, 128))
+    assert 0.9 <= large / small <= 2
+
+
+# --- networks with another form for inference
+
+
+class Folded(Twice):
+    def fuse(self):
+        other = Twice(self.blocks[0].mixer.op)
+        other.after = nn.Conv2d(4, 1, 1, bias=False, device="meta")
+        return other
+
+
+def test_the_inference_form_is_counted_where_it_is_asked_for(monkeypatch):
+    op = an_op([], lambda x: {})
+    model = Folded(op)
+    monkeypatch.setattr(macs_module, "build_backbone", lambda config: Folded(op))
+    assert count_macs(model).total == 120
+    assert count_macs(model, fused=True).total == 24
+    assert count_parameters(model) == ParameterCount(20, 20, 4, {"after": 20})
+    assert model.after.out_channels == 5  # left as it was
