@@ -27,6 +27,7 @@ from smalti.nn.layers import MLP, Grid, Head, norm
 from smalti.nn.mixers import AttentionConfig, MixerConfig, Place, build_mixer
 
 PositionKind = Literal["sincos_2d", "table"]
+FrequencyKind = Literal["half_open", "closed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class DiTConfig(BackboneConfig):
     conditioning: ConditioningKind = "adaln_zero"
     context_heads: int | None = None  # heads of the cross-attention; None = as many as the mixer has
     position: PositionKind = "sincos_2d"  # "table": vectors came with the weights, one grid only
+    timestep_frequencies: FrequencyKind = "half_open"  # "closed": as diffusers computes them, the slowest 1 / 10000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +59,12 @@ class DiTConfig(BackboneConfig):
             )
         if int(self.hidden_size * self.mlp_ratio) < 1:
             raise ConfigError(f"mlp_ratio {self.mlp_ratio} leaves no channels inside the MLP: the papers' is 4.0")
-        for name, kinds in (("conditioning", get_args(ConditioningKind)), ("position", get_args(PositionKind))):
+        choices = {
+            "conditioning": ConditioningKind,
+            "position": PositionKind,
+            "timestep_frequencies": FrequencyKind,
+        }
+        for name, kinds in ((name, get_args(choice)) for name, choice in choices.items()):
             if (kind := getattr(self, name)) not in kinds:
                 raise ConfigError(f"unknown {name} {kind!r}{did_you_mean(str(kind), kinds)}")
         if self.context_heads is not None and self.conditioning != "cross_attention":
@@ -77,7 +84,8 @@ class DiT(nn.Module):
         self.embed = PatchEmbed(c.in_channels, c.hidden_size, c.patch_size)
         table = sincos_2d(*c.grid, c.hidden_size).to(torch.get_default_dtype())
         self.position = nn.Parameter(table[None], requires_grad=False)  # counted by the paper, never trained
-        self.conditioning = Conditioning(c.hidden_size, c.num_classes, null_class=c.null_class)
+        closed = c.timestep_frequencies == "closed"
+        self.conditioning = Conditioning(c.hidden_size, c.num_classes, null_class=c.null_class, closed=closed)
         self.join_context = PrependContext() if c.conditioning == "in_context" else NoContext()
         self.blocks = nn.ModuleList(DiTBlock(c, Place(i, c.depth)) for i in range(c.depth))
         head_modulation = build_head_modulation(c.conditioning, c.hidden_size)

@@ -133,12 +133,13 @@ class Conditioning(nn.Module):
     Args:
         num_classes: 0 = unconditional, no label table.
         null_class: whether the table has the row that label dropout and guidance need.
+        closed: frequencies of the timestep embedding as in diffusers, see `timestep_sinusoid`.
     """
 
-    def __init__(self, hidden_size: int, num_classes: int, *, null_class: bool = True) -> None:
+    def __init__(self, hidden_size: int, num_classes: int, *, null_class: bool = True, closed: bool = False) -> None:
         super().__init__()
         self.num_classes, self.null_class = num_classes, null_class
-        self.timestep = TimestepEmbedding(hidden_size)
+        self.timestep = TimestepEmbedding(hidden_size, closed=closed)
         self.label = nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)

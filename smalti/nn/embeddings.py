@@ -58,11 +58,18 @@ def sincos_2d(rows: int, columns: int, hidden_size: int) -> Float[Tensor, "N D"]
     return torch.cat(halves, dim=1)
 
 
-def timestep_sinusoid(timesteps: Float[Tensor, "B"] | Int[Tensor, "B"], dim: int) -> Float[Tensor, "B F"]:
-    """[cos | sin] of timestep times 10000^(-k / half), k = 0 .. half - 1, in float32; an odd `dim` ends with a zero."""
+def timestep_sinusoid(
+    timesteps: Float[Tensor, "B"] | Int[Tensor, "B"], dim: int, *, closed: bool = False
+) -> Float[Tensor, "B F"]:
+    """[cos | sin] of timestep times 10000^(-k / half), k = 0 .. half - 1, in float32; an odd `dim` ends with a zero.
+
+    Args:
+        closed: the slowest frequency is 1 / 10000 itself, the divisor half - 1; so in diffusers, not in the papers.
+    """
     half = dim // 2
     # PARITY: sinusoid-float32. As the released networks were trained; float64 differs by up to 4e-5 near t = 1000.
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    k = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequency = torch.exp(-math.log(10000.0) * k / (half - closed))
     angle = timesteps.float()[:, None] * frequency
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim - 2 * half))
 
@@ -72,8 +79,9 @@ class TimestepEmbedding(nn.Module):
 
     sinusoid_size = 256
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, *, closed: bool = False) -> None:
         super().__init__()
+        self.closed = closed
         self.fc1 = nn.Linear(self.sinusoid_size, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         for layer in (self.fc1, self.fc2):
@@ -81,5 +89,5 @@ class TimestepEmbedding(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, timesteps: Float[Tensor, "B"] | Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
-        sinusoid = timestep_sinusoid(timesteps, self.sinusoid_size).to(self.fc1.weight.dtype)
+        sinusoid = timestep_sinusoid(timesteps, self.sinusoid_size, closed=self.closed).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(sinusoid)))

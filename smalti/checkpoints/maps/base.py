@@ -18,6 +18,8 @@ class Source:
     Args:
         unreleased: what a config asks for that the released code cannot do and that no tensor's name shows; "" for
             nothing.
+        released: the hyper-parameters to build this network with, those of ours left out; ConfigError if none do. What
+            a config does not say, such as how often labels were dropped, is as in the paper.
     """
 
     name: str  # owner/repository
@@ -27,3 +29,4 @@ class Source:
     config: Callable[[Mapping[str, Any], Mapping[str, Tensor]], BackboneConfig]  # from hyper-parameters and weights
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of the released constructor, for those not given
     unreleased: Callable[[BackboneConfig], str] = lambda config: ""
+    released: Callable[[BackboneConfig], dict[str, Any]] | None = None

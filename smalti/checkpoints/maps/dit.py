@@ -64,6 +64,29 @@ def _config(h: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BackboneConf
     return config if standard else replace(config, position="table")
 
 
+def _unreleased(config: BackboneConfig) -> str:
+    assert isinstance(config, DiTConfig)
+    return "closed timestep frequencies" if config.timestep_frequencies == "closed" else ""
+
+
+def _released(config: BackboneConfig) -> dict[str, Any]:
+    assert isinstance(config, DiTConfig)
+    if not isinstance(config.mixer, AttentionConfig) or config.sample_size[0] != config.sample_size[1]:
+        raise ConfigError(f"{DIT.name} has square latents and attention only: this network was never released")
+    return {
+        "input_size": config.sample_size[0],
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "hidden_size": config.hidden_size,
+        "depth": config.depth,
+        "num_heads": config.mixer.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "class_dropout_prob": 0.1 if config.null_class else 0.0,
+        "num_classes": config.num_classes,
+        "learn_sigma": config.learned_variance,
+    }
+
+
 DIT = Source(
     name="facebookresearch/DiT",
     kind=DiTConfig.kind,
@@ -81,4 +104,6 @@ DIT = Source(
     },
     keys=_KEYS,
     config=_config,
+    unreleased=_unreleased,
+    released=_released,
 )
