@@ -93,15 +93,17 @@ def test_head_sizes_of_the_presets_keep_rule_five():
         assert wrong["sdpa"] <= 2 * wrong["reference"] + rounding
 
 
-def test_short_training_on_a_cpu_takes_the_products_and_everything_else_the_fused_kernel():
-    short, long = qkv(MATMUL_TOKENS, dtype=torch.float32), qkv(MATMUL_TOKENS + 1, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_short_training_on_a_cpu_takes_the_products_and_everything_else_the_fused_kernel(dtype):
+    limit = MATMUL_TOKENS[torch.float32 if dtype == torch.float64 else dtype]
+    short, long = qkv(limit, dtype=dtype), qkv(limit + 1, dtype=dtype)
     assert attention.refuses("matmul", tuple(short)) == ""
     assert "at most" in attention.refuses("matmul", tuple(long))
     assert "training" in attention.refuses("matmul", tuple(x.detach() for x in short))
     with torch.no_grad():
         assert "training" in attention.refuses("matmul", tuple(short))
     assert "CPU" in attention.refuses("matmul", tuple(x.to("meta") for x in short))
-    with pytest.raises(ValueError, match=f"{MATMUL_TOKENS + 1} tokens, at most {MATMUL_TOKENS}"):
+    with pytest.raises(ValueError, match=f"{limit + 1} tokens, at most {limit}"):
         attention(*long, impl="matmul")
     for inputs in (long, [x.detach() for x in short]):
         assert torch.equal(attention(*inputs), attention(*inputs, impl="sdpa"))

@@ -8,9 +8,9 @@ from smalti.ops.attention.reference import attention_reference
 from smalti.ops.attention.sdpa import attention_sdpa
 from smalti.ops.dispatch import Op
 
-# Up to here the score matrix is small beside the tokens themselves, and the two matrix products of a CPU beat the
-# fused kernel, whose backward is slow on short sequences; `python -m benchmarks ops` prints both.
-MATMUL_TOKENS = 128
+# Up to here the two matrix products of a CPU beat the fused kernel, whose backward is slow: on short sequences, and by
+# far in half precision, where the products run on matrix units; `python -m benchmarks ops` prints both.
+MATMUL_TOKENS = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
 
 
 def _refuses(impl: str, args: tuple[Tensor, ...]) -> str:
@@ -20,8 +20,9 @@ def _refuses(impl: str, args: tuple[Tensor, ...]) -> str:
             return f"it is for CPUs, got {query.device.type}"
         if not (torch.is_grad_enabled() and query.requires_grad):
             return "it only pays in training, where the backward of the fused kernel is slow on short sequences"
-        if key.shape[-2] > MATMUL_TOKENS:
-            return f"it keeps the whole score matrix: {key.shape[-2]} tokens, at most {MATMUL_TOKENS}"
+        limit = MATMUL_TOKENS.get(query.dtype, MATMUL_TOKENS[torch.float32])
+        if key.shape[-2] > limit:
+            return f"it keeps the whole score matrix: {key.shape[-2]} tokens, at most {limit}"
     return ""
 
 
