@@ -12,6 +12,7 @@ _HOMES = {
     "SmaltiError": "smalti.errors",
     "create_model": "smalti.presets",
     "from_official": "smalti.checkpoints",
+    "from_pretrained": "smalti.models.pretrained",
     "list_models": "smalti.presets",
     "load_model": "smalti.checkpoints",
     "save_model": "smalti.checkpoints",
@@ -20,6 +21,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from smalti.checkpoints import from_official, load_model, save_model
     from smalti.errors import SmaltiError
+    from smalti.models.pretrained import from_pretrained
     from smalti.presets import create_model, list_models
 
 
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "create_model",
     "from_official",
+    "from_pretrained",
     "list_models",
     "load_model",
     "save_model",

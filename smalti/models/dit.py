@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from smalti.config import did_you_mean
 from smalti.errors import ConfigError
 from smalti.models.base import BackboneConfig
+from smalti.models.pretrained import Pretrained
 from smalti.nn.conditioning import (
     Conditioning,
     ConditioningKind,
@@ -75,7 +76,7 @@ class DiTConfig(BackboneConfig):
         return Grid(self.sample_size[0] // self.patch_size, self.sample_size[1] // self.patch_size)
 
 
-class DiT(nn.Module):
+class DiT(Pretrained):
     """Patch tokens, a fixed position, a stack of conditioned blocks, and a linear head."""
 
     def __init__(self, c: DiTConfig) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from smalti.config import from_dict, to_dict
 from smalti.errors import CheckpointError, ConfigError
 from smalti.models import BackboneConfig, build_backbone
+from smalti.models.pretrained import Pretrained
 from smalti.storage.filesystem import (
     FileRecord,
     FileSystem,
@@ -130,7 +131,21 @@ def load_bundle(path: Path) -> Bundle:
     if table := differences(shapes_of(model.state_dict()), shapes_of(tensors)):
         raise CheckpointError(f"{folder / WEIGHTS} holds another model than its {CONFIG} says: {table}")
     model.load_state_dict(tensors, assign=True)
+    if isinstance(model, Pretrained):
+        model.stored_with = document["extra"]
     return Bundle(model.eval(), document["extra"])
+
+
+def check_document(path: Path, where: str) -> None:
+    """Refuse a `config.json` that describes no model of smalti, before the weights are at hand.
+
+    Raises:
+        CheckpointError: it is damaged, of something else, or of a newer format.
+    """
+    try:
+        _read_sealed(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where} holds no model of this smalti: {error}") from error
 
 
 def _empty(config: BackboneConfig) -> nn.Module:
