@@ -1,0 +1,156 @@
+"""Twin in C for CPUs (bi_wkv.c), compiled at its first use; without a compiler the prefix form takes its place."""
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.ops.native import load_native
+
+# As in the enum of bi_wkv.c.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+SOURCE = Path(__file__).with_name("bi_wkv.c")
+
+
+def bi_wkv_c(
+    decay: Float[Tensor, "C"], bonus: Float[Tensor, "C"], key: Float[Tensor, "B N C"], value: Float[Tensor, "B N C"]
+) -> Float[Tensor, "B N C"]:
+    """As `bi_wkv_reference`, in two passes over the tokens; sums in float32, or float64 where the range asks for it."""
+    train = torch.is_grad_enabled() and any(x.requires_grad for x in (decay, bonus, key, value))
+    output, _ = torch.ops.smalti.bi_wkv_c(decay, bonus, key, value, train)
+    return output
+
+
+@cache
+def unavailable() -> str:
+    """Why the C twin cannot run on this machine; "" when it can. Compiles it when asked for the first time."""
+    reason = load_native(SOURCE).reason
+    if reason:
+        logging.getLogger("smalti").warning(
+            "Bi-WKV runs in its slower PyTorch form, about 20 times slower than in C (5 times in training): %s", reason
+        )
+    return reason
+
+
+# For torch.compile: ask the function once and take its answer as a constant. This is what
+# torch.compiler.assume_constant_result sets, which would import the whole compiler here.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@torch.library.custom_op("smalti::bi_wkv_c", mutates_args=(), device_types="cpu")
+def _forward_op(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, train: bool) -> tuple[Tensor, Tensor]:
+    """Output, and for training the denominators relative to each channel's largest key."""
+    key, value = _tokens(decay, bonus, key, value)
+    output = torch.empty_like(key)
+    denominator = torch.empty(key.shape if train else 0, dtype=torch.float32)
+    parameters = _parameters(decay, bonus)
+    status = _library().bi_wkv_forward(
+        *_sizes(key),
+        *map(_pointer, (*parameters, key, value, output)),
+        _pointer(denominator) if train else None,
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return output, denominator
+
+
+@torch.library.custom_op("smalti::bi_wkv_c_backward", mutates_args=(), device_types="cpu")
+def _backward_op(
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, output: Tensor, denominator: Tensor, above: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtypes = [x.dtype for x in (decay, bonus, key, value)]
+    parameters = _parameters(decay, bonus)
+    key, value = _tokens(decay, bonus, key, value)
+    output, above = output.contiguous(), above.to(key.dtype).contiguous()
+    by_key, by_value = torch.empty_like(key), torch.empty_like(key)
+    by_decay, by_bonus = torch.empty(2, key.shape[0], key.shape[2], dtype=torch.float64)
+    status = _library().bi_wkv_backward(
+        *_sizes(key),
+        *map(_pointer, (*parameters, key, value, output, denominator, above, by_key, by_value, by_decay, by_bonus)),
+        torch.get_num_threads(),
+    )
+    _check(status)
+    gradients = (by_decay.sum(0), by_bonus.sum(0), by_key, by_value)
+    a, b, c, d = (x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+    return a, b, c, d
+
+
+@_forward_op.register_fake
+def _(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, train: bool) -> tuple[Tensor, Tensor]:
+    output = torch.empty_like(key, dtype=_dtype(decay, bonus, key, value), memory_format=torch.contiguous_format)
+    return output, key.new_empty(key.shape if train else 0, dtype=torch.float32)
+
+
+@_backward_op.register_fake
+def _(
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, output: Tensor, denominator: Tensor, above: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (decay, bonus, key, value))
+    return a, b, c, d
+
+
+def _keep(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, above: Tensor, _: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    return *torch.ops.smalti.bi_wkv_c_backward(*ctx.saved_tensors, above), None  # type: ignore[attr-defined]
+
+
+_forward_op.register_autograd(_backward, setup_context=_keep)
+
+
+def _dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _tokens(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as C reads them; wrong sizes must not get there."""
+    if not (key.dim() == 3 and key.shape == value.shape and decay.shape == bonus.shape == key.shape[2:]):
+        shapes = [tuple(x.shape) for x in (decay, bonus, key, value)]
+        raise ValueError(f"expected shapes (C), (C), (B, N, C), (B, N, C), got {shapes}")
+    dtype = _dtype(decay, bonus, key, value)
+    return key.to(dtype).contiguous(), value.to(dtype).contiguous()
+
+
+def _parameters(decay: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
+    return decay.double().contiguous(), bonus.double().contiguous()
+
+
+def _sizes(key: Tensor) -> tuple[int, int, int, int]:
+    batch, tokens, channels = key.shape
+    return KINDS[key.dtype], batch, tokens, channels
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("Bi-WKV found no memory for its states: use a smaller batch or fewer tokens")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = load_native(SOURCE).library
+    if library is None:
+        raise RuntimeError(f"the C twin of Bi-WKV was called where it refuses to run: {unavailable()}")
+    sizes = [ctypes.c_int, *[ctypes.c_int64] * 3]
+    library.bi_wkv_forward.argtypes = [*sizes, *[ctypes.c_void_p] * 6, ctypes.c_int]
+    library.bi_wkv_backward.argtypes = [*sizes, *[ctypes.c_void_p] * 11, ctypes.c_int]
+    return library
