@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from smalti.models.base import Backbone, BackboneConfig
+from smalti.models.diffussm import DiffuSSM, DiffuSSMConfig
 from smalti.models.dit import DiT, DiTConfig
 
 
@@ -17,6 +18,7 @@ class BackboneEntry(NamedTuple):
 
 BACKBONES: dict[str, BackboneEntry] = {
     DiTConfig.kind: BackboneEntry(DiTConfig, DiT),
+    DiffuSSMConfig.kind: BackboneEntry(DiffuSSMConfig, DiffuSSM),
 }
 
 
@@ -44,6 +46,8 @@ __all__ = [
     "BackboneEntry",
     "DiT",
     "DiTConfig",
+    "DiffuSSM",
+    "DiffuSSMConfig",
     "build_backbone",
     "config_of",
 ]

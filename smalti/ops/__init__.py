@@ -4,7 +4,8 @@ from smalti.ops.attention import attention
 from smalti.ops.bi_wkv import bi_wkv
 from smalti.ops.dispatch import Op, force
 from smalti.ops.quad_shift import quad_shift
+from smalti.ops.s4d import s4d, s4d_kernel, two_way_conv
 
-OPS: dict[str, Op] = {op.name: op for op in (attention, bi_wkv, quad_shift)}
+OPS: dict[str, Op] = {op.name: op for op in (attention, bi_wkv, quad_shift, s4d, s4d_kernel, two_way_conv)}
 
-__all__ = ["OPS", "Op", "attention", "bi_wkv", "force", "quad_shift"]
+__all__ = ["OPS", "Op", "attention", "bi_wkv", "force", "quad_shift", "s4d", "s4d_kernel", "two_way_conv"]

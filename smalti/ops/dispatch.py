@@ -46,9 +46,7 @@ class Op:
         """
         if _watcher is not None:
             return _watcher(self, args, options)
-        impl = _forced if impl == "auto" else impl
-        if impl == "auto":
-            impl = next((name for name in self.fast if not self.refuses(name, args)), "reference")
+        impl = self.choice(*args) if impl == "auto" else impl
         if impl == "reference":
             return self.reference(*args, **options)
         if impl not in self.fast:
@@ -58,6 +56,14 @@ class Op:
         if reason := self.refuses(impl, args):
             raise ValueError(f"op {self.name!r}: {impl!r} cannot take these inputs: {reason}")
         return self.fast[impl](*args, **options)
+
+    def choice(self, *args: Tensor) -> str:
+        """What "auto" means for these inputs, for a caller that keeps something for one twin; "" inside `watch`."""
+        if _watcher is not None:
+            return ""
+        if _forced != "auto":
+            return _forced
+        return next((name for name in self.fast if not self.refuses(name, args)), "reference")
 
 
 Watcher = Callable[[Op, tuple[Tensor, ...], dict[str, Any]], Tensor]

@@ -10,10 +10,11 @@ from smalti import config as configs
 from smalti.config import did_you_mean
 from smalti.errors import ConfigError
 from smalti.models import BackboneConfig, build_backbone
+from smalti.presets.diffussm import DIFFUSSM
 from smalti.presets.dit import DIT
 from smalti.presets.preset import Preset
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT,)}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT, *DIFFUSSM)}
 
 
 def find_preset(name: str) -> Preset:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smalti.config import from_dict, to_dict
 from smalti.errors import ConfigError
-from smalti.models import BACKBONES, Backbone, BackboneConfig, DiTConfig, build_backbone
+from smalti.models import BACKBONES, Backbone, BackboneConfig, DiffuSSMConfig, DiTConfig, build_backbone
 from smalti.nn.mixers import AttentionConfig
 
 pytestmark = pytest.mark.usefixtures("deterministic", "seeded")
@@ -22,7 +22,10 @@ pytestmark = pytest.mark.usefixtures("deterministic", "seeded")
 HERE = Path(__file__).parent
 SHARED = {"sample_size": (8, 8), "in_channels": 3, "num_classes": 5}
 # One small config per backbone: a new backbone adds its line here and gets every test below.
-CONFIGS = {"dit": DiTConfig(hidden_size=32, depth=2, mixer=AttentionConfig(num_heads=4), **SHARED)}
+CONFIGS = {
+    "dit": DiTConfig(hidden_size=32, depth=2, mixer=AttentionConfig(num_heads=4), **SHARED),
+    "diffussm": DiffuSSMConfig(hidden_size=32, depth=2, patch_size=2, **SHARED),
+}
 KINDS = pytest.mark.parametrize("kind", BACKBONES)
 
 

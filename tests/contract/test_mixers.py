@@ -7,12 +7,15 @@ from smalti.config import from_dict, to_dict
 from smalti.errors import ConfigError
 from smalti.models import DiT, DiTConfig
 from smalti.nn.layers import Grid
-from smalti.nn.mixers import MIXERS, Attention, AttentionConfig, MixerConfig, build_mixer
+from smalti.nn.mixers import MIXERS, Attention, AttentionConfig, BiSSMConfig, MixerConfig, build_mixer
 
 pytestmark = pytest.mark.usefixtures("deterministic", "seeded")
 
 # One small config per mixer: a new mixer adds its line here and gets every test below.
-CONFIGS = {"attention": AttentionConfig(num_heads=4)}
+CONFIGS = {
+    "attention": AttentionConfig(num_heads=4),
+    "bi_ssm": BiSSMConfig(state_size=8),
+}
 WIDTH = 32
 KINDS = pytest.mark.parametrize("kind", MIXERS)
 

@@ -4,9 +4,11 @@ from torch import nn
 
 from smalti.nn.mixers.attention import Attention, AttentionConfig
 from smalti.nn.mixers.base import ALONE, MixerConfig, Place
+from smalti.nn.mixers.bi_ssm import BiSSM, BiSSMConfig
 
 MIXERS: dict[str, tuple[type[MixerConfig], type[nn.Module]]] = {
     AttentionConfig.kind: (AttentionConfig, Attention),
+    BiSSMConfig.kind: (BiSSMConfig, BiSSM),
 }
 
 
@@ -15,4 +17,14 @@ def build_mixer(config: MixerConfig, hidden_size: int, place: Place = ALONE) -> 
     return MIXERS[config.kind][1](config, hidden_size, place)
 
 
-__all__ = ["ALONE", "MIXERS", "Attention", "AttentionConfig", "MixerConfig", "Place", "build_mixer"]
+__all__ = [
+    "ALONE",
+    "MIXERS",
+    "Attention",
+    "AttentionConfig",
+    "BiSSM",
+    "BiSSMConfig",
+    "MixerConfig",
+    "Place",
+    "build_mixer",
+]
