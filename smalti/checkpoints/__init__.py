@@ -3,7 +3,7 @@
 from smalti.checkpoints.keymap import KeyMap
 from smalti.checkpoints.lock import RunLock
 from smalti.checkpoints.maps import MAPS
-from smalti.checkpoints.official import from_official, to_official
+from smalti.checkpoints.official import from_official, official_shapes, to_official
 from smalti.checkpoints.store import CheckpointStore, StoredCheckpoint
 from smalti.models.files import Bundle, load_bundle, load_model, save_model
 from smalti.storage.filesystem import FileSystem, LocalFileSystem, Writer
@@ -23,6 +23,7 @@ __all__ = [
     "load_bundle",
     "load_model",
     "load_tensors",
+    "official_shapes",
     "save_model",
     "to_official",
 ]

@@ -13,7 +13,9 @@ from smalti.errors import ConfigError, SmaltiError
 VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("smalti.cli.train", "Train", "train a model on an image set or a folder; the same command continues it"),
     "sample": ("smalti.cli.sample", "Sample", "draw images from a trained model"),
+    "convert": ("smalti.cli.convert", "Convert", "turn released or diffusers' weights into a model folder, and back"),
     "presets": ("smalti.cli.presets", "Presets", "list the networks, with counted and published sizes and costs"),
+    "cost": ("smalti.cli.cost", "Cost", "parameters, multiply-adds, memory, time; where mixers beat attention"),
     "demo": ("smalti.cli.demo", "Demo", "train on the shipped emoji, sample, and write a page that shows it all"),
     "data check": ("smalti.cli.data", "DataCheck", "look at every image of a folder before training on it"),
     "data build": ("smalti.cli.data", "DataBuild", "make the larger emoji set from public packages"),

@@ -58,10 +58,14 @@ def _config(h: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BackboneConf
     table = tensors.get("pos_embed")
     if table is None or table.device.type == "meta" or table.numel() != config.grid.tokens * config.hidden_size:
         return config
+    return config if is_standard_table(table, config) else replace(config, position="table")
+
+
+def is_standard_table(table: Tensor, config: DiTConfig) -> bool:
+    """Whether a position table is the sincos one of the config's grid, but for rounding and drift."""
     expected = sincos_2d(*config.grid, config.hidden_size)
     error = (table.detach().cpu().double().reshape(expected.shape) - expected).abs().max()
-    standard = error <= _DRIFT + torch.finfo(table.dtype).eps / 2
-    return config if standard else replace(config, position="table")
+    return bool(error <= _DRIFT + torch.finfo(table.dtype).eps / 2)
 
 
 def _unreleased(config: BackboneConfig) -> str:
