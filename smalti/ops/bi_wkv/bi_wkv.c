@@ -113,9 +113,7 @@ typedef struct {
     int64_t tokens, channels; /* of the tensors; a token is `channels` elements after the one before */
     const void *key, *value;
     const double *decay, *bonus; /* (C) */
-    void *output;
-    float *denominator; /* (B, N, C): relative to the largest key; NULL in inference. Unused by the ranged form. */
-    /* backward only */
+    void *output; /* forward only; the rest backward only */
     const void *above;
     void *key_gradient, *value_gradient;
     double *decay_gradient, *bonus_gradient; /* (B, C) */
@@ -134,12 +132,27 @@ INLINE void largest_keys(int kind, int lanes, const Work *w, int64_t at, float *
     }
 }
 
+/* The mean of the values with weights e^key. */
+INLINE void mean_values(int kind, int lanes, const Work *w, int64_t at, const float *largest, float *mean) {
+    float sum[MAX_LANES] = {0};
+    EACH_LANE mean[c] = 0;
+    for (int64_t t = 0; t < w->tokens; t++) {
+        const int64_t row = at + t * w->channels;
+        EACH_LANE {
+            float e = expf_negative(loadf(kind, w->key, row + c) - largest[c]);
+            mean[c] += e * loadf(kind, w->value, row + c);
+            sum[c] += e;
+        }
+    }
+    EACH_LANE mean[c] /= sum[c];
+}
+
 /* Future sums of values and ones, one token further back; `kept` (e, values, ones) gets them as they were before. */
-INLINE void step_back(int kind, int lanes, const Work *w, int64_t row, const float *largest, const float *rate,
-                      float *values, float *ones, float *kept) {
+INLINE void step_back(int kind, int lanes, const Work *w, int64_t row, const float *largest, const float *centre,
+                      const float *rate, float *values, float *ones, float *kept) {
     EACH_LANE {
         float e = expf_negative(loadf(kind, w->key, row + c) - largest[c]);
-        float v = loadf(kind, w->value, row + c);
+        float v = loadf(kind, w->value, row + c) - centre[c];
         float a = values[c], d = ones[c];
         if (kept) {
             kept[c] = e;
@@ -151,21 +164,18 @@ INLINE void step_back(int kind, int lanes, const Work *w, int64_t row, const flo
     }
 }
 
-INLINE void forward_plain(int kind, int lanes, const Work *w, int64_t at, int c0, float *room) {
-    float largest[MAX_LANES], rate[MAX_LANES], own[MAX_LANES];
+/* Writes the output; or, for the backward pass, the outputs for values less `centre`, and the denominators. */
+INLINE void forward_plain(int kind, int lanes, const Work *w, int64_t at, const float *largest, const float *centre,
+                          const float *rate, const float *own, float *room, float *centred, float *denominators) {
     float fa[MAX_LANES] = {0}, fd[MAX_LANES] = {0}, pa[MAX_LANES] = {0}, pd[MAX_LANES] = {0};
-    EACH_LANE {
-        rate[c] = (float)expm1(-w->decay[c0 + c]);
-        own[c] = (float)exp(w->bonus[c0 + c]);
-    }
-    largest_keys(kind, lanes, w, at, largest);
     const int64_t n = w->tokens, chunks = (n + FORWARD_CHUNK - 1) / FORWARD_CHUNK;
     float *border = room, *kept = room + 2 * lanes * chunks;
     for (int64_t q = chunks - 1; q > 0; q--) {
+        const int64_t begin = q * FORWARD_CHUNK, end = begin + FORWARD_CHUNK < n ? begin + FORWARD_CHUNK : n;
         memcpy(border + 2 * lanes * q, fa, lanes * sizeof(float));
         memcpy(border + 2 * lanes * q + lanes, fd, lanes * sizeof(float));
-        for (int64_t t = (q + 1) * FORWARD_CHUNK < n ? (q + 1) * FORWARD_CHUNK - 1 : n - 1; t >= q * FORWARD_CHUNK; t--)
-            step_back(kind, lanes, w, at + t * w->channels, largest, rate, fa, fd, 0);
+        for (int64_t t = end - 1; t >= begin; t--)
+            step_back(kind, lanes, w, at + t * w->channels, largest, centre, rate, fa, fd, 0);
     }
     for (int64_t q = 0; q < chunks; q++) {
         const int64_t begin = q * FORWARD_CHUNK, end = begin + FORWARD_CHUNK < n ? begin + FORWARD_CHUNK : n;
@@ -174,20 +184,40 @@ INLINE void forward_plain(int kind, int lanes, const Work *w, int64_t at, int c0
             memcpy(fd, border + 2 * lanes * q + lanes, lanes * sizeof(float));
         }
         for (int64_t t = end - 1; t >= begin; t--)
-            step_back(kind, lanes, w, at + t * w->channels, largest, rate, fa, fd, kept + 3 * lanes * (t - begin));
+            step_back(kind, lanes, w, at + t * w->channels, largest, centre, rate, fa, fd,
+                      kept + 3 * lanes * (t - begin));
         for (int64_t t = begin; t < end; t++) {
             const float *e = kept + 3 * lanes * (t - begin), *a = e + lanes, *d = a + lanes;
             const int64_t row = at + t * w->channels;
             EACH_LANE {
-                float ev = e[c] * loadf(kind, w->value, row + c);
+                float ev = e[c] * (loadf(kind, w->value, row + c) - centre[c]);
                 float bottom = (pd[c] + d[c]) + own[c] * e[c];
-                storef(kind, w->output, row + c, ((pa[c] + a[c]) + own[c] * ev) / bottom);
-                if (w->denominator) w->denominator[row + c] = bottom;
+                float y = ((pa[c] + a[c]) + own[c] * ev) / bottom;
+                if (centred) {
+                    centred[lanes * t + c] = y;
+                    denominators[lanes * t + c] = bottom;
+                } else {
+                    storef(kind, w->output, row + c, y);
+                }
                 pa[c] = pa[c] + (pa[c] * rate[c] + ev);
                 pd[c] = pd[c] + (pd[c] * rate[c] + e[c]);
             }
         }
     }
+}
+
+INLINE void rates(int lanes, const Work *w, int c0, float *rate, float *own) {
+    for (int c = 0; c < lanes; c++) {
+        rate[c] = (float)expm1(-w->decay[c0 + c]);
+        own[c] = (float)exp(w->bonus[c0 + c]);
+    }
+}
+
+INLINE void output_plain(int kind, int lanes, const Work *w, int64_t at, int c0, float *room) {
+    float largest[MAX_LANES], rate[MAX_LANES], own[MAX_LANES], nothing[MAX_LANES] = {0};
+    rates(lanes, w, c0, rate, own);
+    largest_keys(kind, lanes, w, at, largest);
+    forward_plain(kind, lanes, w, at, largest, nothing, rate, own, room, 0, 0);
 }
 
 /* One token of a two-sided sum of (g, h) and of the same weighted with the distance, which is what decay's needs:
@@ -200,18 +230,21 @@ INLINE void advance(float *g, float *h, float *gd, float *hd, float rate, float 
     *h = *h + (*h * rate + new_h);
 }
 
+/* Gradients live on differences between values and outputs. Where few tokens have nearly all the weight these are small,
+ * so values count from their mean by weight, and the outputs are made again, counting from there too. */
 INLINE void backward_plain(int kind, int lanes, const Work *w, int64_t b, int64_t at, int c0, float *room) {
-    float largest[MAX_LANES], rate[MAX_LANES], own[MAX_LANES], by_decay[MAX_LANES], by_bonus[MAX_LANES];
+    float largest[MAX_LANES], centre[MAX_LANES], rate[MAX_LANES], own[MAX_LANES];
+    float by_decay[MAX_LANES], by_bonus[MAX_LANES];
     float fg[MAX_LANES] = {0}, fh[MAX_LANES] = {0}, fgd[MAX_LANES] = {0}, fhd[MAX_LANES] = {0};
     float pg[MAX_LANES] = {0}, ph[MAX_LANES] = {0}, pgd[MAX_LANES] = {0}, phd[MAX_LANES] = {0};
     double sum_decay[MAX_LANES] = {0}, sum_bonus[MAX_LANES] = {0};
-    EACH_LANE {
-        rate[c] = (float)expm1(-w->decay[c0 + c]);
-        own[c] = (float)exp(w->bonus[c0 + c]);
-    }
-    largest_keys(kind, lanes, w, at, largest);
     const int64_t n = w->tokens, chunks = (n + BACKWARD_CHUNK - 1) / BACKWARD_CHUNK;
-    float *border = room, *kept = room + 4 * lanes * chunks;
+    float *centred = room, *denominators = centred + lanes * n;
+    float *border = denominators + lanes * n, *kept = border + 4 * lanes * chunks;
+    rates(lanes, w, c0, rate, own);
+    largest_keys(kind, lanes, w, at, largest);
+    mean_values(kind, lanes, w, at, largest, centre);
+    forward_plain(kind, lanes, w, at, largest, centre, rate, own, border, centred, denominators);
     for (int64_t q = chunks - 1; q > 0; q--) {
         float *mark = border + 4 * lanes * q;
         memcpy(mark, fg, lanes * sizeof(float));
@@ -221,8 +254,8 @@ INLINE void backward_plain(int kind, int lanes, const Work *w, int64_t b, int64_
         for (int64_t t = (q + 1) * BACKWARD_CHUNK < n ? (q + 1) * BACKWARD_CHUNK - 1 : n - 1; t >= q * BACKWARD_CHUNK; t--) {
             const int64_t row = at + t * w->channels;
             EACH_LANE {
-                float g = loadf(kind, w->above, row + c) / w->denominator[row + c];
-                float h = -g * loadf(kind, w->output, row + c);
+                float g = loadf(kind, w->above, row + c) / denominators[lanes * t + c];
+                float h = -g * centred[lanes * t + c];
                 advance(fg + c, fh + c, fgd + c, fhd + c, rate[c], g, h);
             }
         }
@@ -242,9 +275,9 @@ INLINE void backward_plain(int kind, int lanes, const Work *w, int64_t b, int64_
             float *now = kept + 5 * lanes * (t - begin);
             EACH_LANE {
                 float e = expf_negative(loadf(kind, w->key, row + c) - largest[c]);
-                float g = loadf(kind, w->above, row + c) / w->denominator[row + c];
-                float h = -g * loadf(kind, w->output, row + c);
-                by_decay[c] -= e * (loadf(kind, w->value, row + c) * fgd[c] + fhd[c]);
+                float g = loadf(kind, w->above, row + c) / denominators[lanes * t + c];
+                float h = -g * centred[lanes * t + c];
+                by_decay[c] -= e * ((loadf(kind, w->value, row + c) - centre[c]) * fgd[c] + fhd[c]);
                 now[c] = e;
                 now[lanes + c] = g;
                 now[2 * lanes + c] = h;
@@ -258,7 +291,7 @@ INLINE void backward_plain(int kind, int lanes, const Work *w, int64_t b, int64_
             const float *e = kept + 5 * lanes * (t - begin), *g = e + lanes, *h = g + lanes;
             const float *sg = h + lanes, *sh = sg + lanes;
             EACH_LANE {
-                float v = loadf(kind, w->value, row + c);
+                float v = loadf(kind, w->value, row + c) - centre[c];
                 float all_g = pg[c] + sg[c], all_h = ph[c] + sh[c];
                 storef(kind, w->value_gradient, row + c, e[c] * all_g);
                 storef(kind, w->key_gradient, row + c, e[c] * (v * all_g + all_h));
@@ -284,9 +317,9 @@ INLINE void backward_plain(int kind, int lanes, const Work *w, int64_t b, int64_
 
 INLINE double larger(double a, double b) { return a > b ? a : b; }
 
-/* Past and future sums of e^key (value, 1) with their exponents; q and bottom: the denominator is e^q bottom. */
-INLINE void forward_ranged(int kind, int lanes, const Work *w, int64_t at, int c0, double *room, double *exponents,
-                           double *bottoms) {
+/* Writes the output; or, for the backward pass, outputs in double and denominators e^exponent bottom. */
+INLINE void forward_ranged(int kind, int lanes, const Work *w, int64_t at, int c0, double *room, double *outputs,
+                           double *exponents, double *bottoms) {
     double p[MAX_LANES], a[MAX_LANES], d[MAX_LANES];
     const double *decay = w->decay + c0, *bonus = w->bonus + c0;
     EACH_LANE p[c] = NOTHING, a[c] = d[c] = 0;
@@ -315,11 +348,13 @@ INLINE void forward_ranged(int kind, int lanes, const Work *w, int64_t at, int c
             double past = exp_negative(p[c] - q), future = exp_negative(kept[c] - q);
             double own = exp_negative(k + bonus[c] - q);
             double bottom = past * d[c] + future * kept[2 * lanes + c] + own;
-            if (exponents) {
+            double y = (past * a[c] + future * kept[lanes + c] + own * v) / bottom;
+            if (outputs) {
+                outputs[lanes * t + c] = y;
                 exponents[lanes * t + c] = q;
                 bottoms[lanes * t + c] = bottom;
             } else {
-                store(kind, w->output, row + c, (past * a[c] + future * kept[lanes + c] + own * v) / bottom);
+                store(kind, w->output, row + c, y);
             }
             double older = p[c] - decay[c], top = larger(older, k);
             double fade = exp_negative(older - top), e = exp_negative(k - top);
@@ -334,8 +369,9 @@ INLINE void backward_ranged(int kind, int lanes, const Work *w, int64_t b, int64
     double p[MAX_LANES], g[MAX_LANES], h[MAX_LANES], gd[MAX_LANES], hd[MAX_LANES];
     double sum_decay[MAX_LANES] = {0}, sum_bonus[MAX_LANES] = {0};
     const double *decay = w->decay + c0, *bonus = w->bonus + c0;
-    double *exponents = room, *bottoms = exponents + lanes * w->tokens, *states = bottoms + lanes * w->tokens;
-    forward_ranged(kind, lanes, w, at, c0, states, exponents, bottoms);
+    const int64_t size = lanes * w->tokens;
+    double *outputs = room, *exponents = outputs + size, *bottoms = exponents + size, *states = bottoms + size;
+    forward_ranged(kind, lanes, w, at, c0, states, outputs, exponents, bottoms);
     for (int direction = 0; direction < 2; direction++) {
         EACH_LANE p[c] = NOTHING, g[c] = h[c] = gd[c] = hd[c] = 0;
         for (int64_t step = 0; step < w->tokens; step++) {
@@ -345,7 +381,7 @@ INLINE void backward_ranged(int kind, int lanes, const Work *w, int64_t b, int64
             EACH_LANE {
                 double k = load(kind, w->key, row + c), v = load(kind, w->value, row + c), q = exponents[lanes * t + c];
                 double new_g = load(kind, w->above, row + c) / bottoms[lanes * t + c];
-                double new_h = -new_g * load(kind, w->output, row + c);
+                double new_h = -new_g * outputs[lanes * t + c];
                 /* No weight exceeds its denominator, so this exponent is at most 0. */
                 double e = exp_negative(k + p[c]);
                 sum_decay[c] -= e * (v * gd[c] + hd[c]);
@@ -387,8 +423,8 @@ INLINE int is_plain(int kind, const Work *w, int c0, int lanes) {
 }
 
 INLINE void forward_block(int kind, int lanes, const Work *w, int64_t at, int c0, void *room) {
-    if (is_plain(kind, w, c0, lanes)) forward_plain(kind, lanes, w, at, c0, room);
-    else forward_ranged(kind, lanes, w, at, c0, room, 0, 0);
+    if (is_plain(kind, w, c0, lanes)) output_plain(kind, lanes, w, at, c0, room);
+    else forward_ranged(kind, lanes, w, at, c0, room, 0, 0, 0);
 }
 
 INLINE void backward_block(int kind, int lanes, const Work *w, int64_t b, int64_t at, int c0, void *room) {
@@ -422,12 +458,15 @@ static int run(int kind, int64_t batch, const Work *w, int threads, int backward
     int lanes = MAX_LANES;
     while (lanes > 32 && batch * ((w->channels + lanes - 1) / lanes) < threads) lanes /= 2;
     const int64_t per_item = (w->channels + lanes - 1) / lanes, blocks = batch * per_item;
-    const int64_t chunk = backward ? BACKWARD_CHUNK : FORWARD_CHUNK, chunks = (w->tokens + chunk - 1) / chunk;
-    const size_t plain = (size_t)lanes * sizeof(float) * (size_t)(backward ? 4 * chunks + 5 * chunk : 2 * chunks + 3 * chunk);
+    const int64_t forward_rows = 2 * (w->tokens / FORWARD_CHUNK + 1) + 3 * FORWARD_CHUNK;
+    const int64_t backward_rows = 4 * (w->tokens / BACKWARD_CHUNK + 1) + 5 * BACKWARD_CHUNK;
+    const int64_t rows = !backward ? forward_rows
+                                   : 2 * w->tokens + (forward_rows > backward_rows ? forward_rows : backward_rows);
+    const size_t plain = (size_t)lanes * sizeof(float) * (size_t)rows;
     size_t ranged = 0;
     for (int c = 0; c < w->channels; c += lanes)
         if (!is_plain(kind, w, c, c + lanes < w->channels ? lanes : (int)w->channels - c))
-            ranged = (size_t)lanes * sizeof(double) * (backward ? 5 : 3) * (size_t)w->tokens;
+            ranged = (size_t)lanes * sizeof(double) * (backward ? 6 : 3) * (size_t)w->tokens;
     const size_t size = plain > ranged ? plain : ranged;
     int failed = 0;
 #ifdef _OPENMP
@@ -466,16 +505,15 @@ static int run(int kind, int64_t batch, const Work *w, int threads, int backward
 
 /* Both return 0, or 1 when there was no memory for the states. */
 int bi_wkv_forward(int kind, int64_t batch, int64_t tokens, int64_t channels, const double *decay, const double *bonus,
-                   const void *key, const void *value, void *output, float *denominator, int threads) {
-    Work w = {tokens, channels, key, value, decay, bonus, output, denominator, 0, 0, 0, 0, 0};
+                   const void *key, const void *value, void *output, int threads) {
+    Work w = {tokens, channels, key, value, decay, bonus, output, 0, 0, 0, 0, 0};
     return run(kind, batch, &w, threads, 0);
 }
 
 int bi_wkv_backward(int kind, int64_t batch, int64_t tokens, int64_t channels, const double *decay, const double *bonus,
-                    const void *key, const void *value, const void *output, const float *denominator, const void *above,
-                    void *key_gradient, void *value_gradient, double *decay_gradient, double *bonus_gradient,
-                    int threads) {
-    Work w = {tokens, channels, key, value, decay, bonus, (void *)output, (float *)denominator, above, key_gradient,
-              value_gradient, decay_gradient, bonus_gradient};
+                    const void *key, const void *value, const void *above, void *key_gradient, void *value_gradient,
+                    double *decay_gradient, double *bonus_gradient, int threads) {
+    Work w = {tokens, channels,     key,            value,          decay,         bonus,
+              0,      above,        key_gradient,   value_gradient, decay_gradient, bonus_gradient};
     return run(kind, batch, &w, threads, 1);
 }

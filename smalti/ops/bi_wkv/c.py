@@ -20,9 +20,7 @@ def bi_wkv_c(
     decay: Float[Tensor, "C"], bonus: Float[Tensor, "C"], key: Float[Tensor, "B N C"], value: Float[Tensor, "B N C"]
 ) -> Float[Tensor, "B N C"]:
     """As `bi_wkv_reference`, in two passes over the tokens; sums in float32, or float64 where the range asks for it."""
-    train = torch.is_grad_enabled() and any(x.requires_grad for x in (decay, bonus, key, value))
-    output, _ = torch.ops.smalti.bi_wkv_c(decay, bonus, key, value, train)
-    return output
+    return torch.ops.smalti.bi_wkv_c(decay, bonus, key, value)
 
 
 @cache
@@ -42,70 +40,47 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("smalti::bi_wkv_c", mutates_args=(), device_types="cpu")
-def _forward_op(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, train: bool) -> tuple[Tensor, Tensor]:
-    """Output, and for training the denominators relative to each channel's largest key."""
+def _forward_op(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     key, value = _tokens(decay, bonus, key, value)
     output = torch.empty_like(key)
-    denominator = torch.empty(key.shape if train else 0, dtype=torch.float32)
-    parameters = _parameters(decay, bonus)
-    status = _library().bi_wkv_forward(
-        *_sizes(key),
-        *map(_pointer, (*parameters, key, value, output)),
-        _pointer(denominator) if train else None,
-        torch.get_num_threads(),
-    )
-    _check(status)
-    return output, denominator
+    _run("bi_wkv_forward", decay, bonus, key, value, output)
+    return output
 
 
 @torch.library.custom_op("smalti::bi_wkv_c_backward", mutates_args=(), device_types="cpu")
 def _backward_op(
-    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, output: Tensor, denominator: Tensor, above: Tensor
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, above: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtypes = [x.dtype for x in (decay, bonus, key, value)]
-    parameters = _parameters(decay, bonus)
     key, value = _tokens(decay, bonus, key, value)
-    output, above = output.contiguous(), above.to(key.dtype).contiguous()
+    above = above.to(key.dtype).contiguous()
     by_key, by_value = torch.empty_like(key), torch.empty_like(key)
     by_decay, by_bonus = torch.empty(2, key.shape[0], key.shape[2], dtype=torch.float64)
-    status = _library().bi_wkv_backward(
-        *_sizes(key),
-        *map(_pointer, (*parameters, key, value, output, denominator, above, by_key, by_value, by_decay, by_bonus)),
-        torch.get_num_threads(),
-    )
-    _check(status)
+    _run("bi_wkv_backward", decay, bonus, key, value, above, by_key, by_value, by_decay, by_bonus)
     gradients = (by_decay.sum(0), by_bonus.sum(0), by_key, by_value)
     a, b, c, d = (x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
     return a, b, c, d
 
 
 @_forward_op.register_fake
-def _(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, train: bool) -> tuple[Tensor, Tensor]:
-    output = torch.empty_like(key, dtype=_dtype(decay, bonus, key, value), memory_format=torch.contiguous_format)
-    return output, key.new_empty(key.shape if train else 0, dtype=torch.float32)
+def _(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(key, dtype=_dtype(decay, bonus, key, value), memory_format=torch.contiguous_format)
 
 
 @_backward_op.register_fake
-def _(
-    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, output: Tensor, denominator: Tensor, above: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a, b, c, d = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (decay, bonus, key, value))
     return a, b, c, d
 
 
 def _keep(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool],
-    output: tuple[Tensor, Tensor],
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor
 ) -> None:
-    *tensors, _ = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, above: Tensor, _: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-    return *torch.ops.smalti.bi_wkv_c_backward(*ctx.saved_tensors, above), None  # type: ignore[attr-defined]
+def _backward(ctx: torch.autograd.function.FunctionCtx, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.smalti.bi_wkv_c_backward(*ctx.saved_tensors, above)  # type: ignore[attr-defined]
 
 
 _forward_op.register_autograd(_backward, setup_context=_keep)
@@ -127,21 +102,11 @@ def _tokens(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[T
     return key.to(dtype).contiguous(), value.to(dtype).contiguous()
 
 
-def _parameters(decay: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
-    return decay.double().contiguous(), bonus.double().contiguous()
-
-
-def _sizes(key: Tensor) -> tuple[int, int, int, int]:
-    batch, tokens, channels = key.shape
-    return KINDS[key.dtype], batch, tokens, channels
-
-
-def _pointer(tensor: Tensor) -> int:
-    return tensor.data_ptr()
-
-
-def _check(status: int) -> None:
-    if status:
+def _run(function: str, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> None:
+    # Named here, because the addresses below do not keep these copies alive.
+    parameters = decay.double().contiguous(), bonus.double().contiguous()
+    addresses = [x.data_ptr() for x in (*parameters, key, value, *others)]
+    if getattr(_library(), function)(KINDS[key.dtype], *key.shape, *addresses, torch.get_num_threads()):
         raise MemoryError("Bi-WKV found no memory for its states: use a smaller batch or fewer tokens")
 
 
@@ -151,6 +116,6 @@ def _library() -> ctypes.CDLL:
     if library is None:
         raise RuntimeError(f"the C twin of Bi-WKV was called where it refuses to run: {unavailable()}")
     sizes = [ctypes.c_int, *[ctypes.c_int64] * 3]
-    library.bi_wkv_forward.argtypes = [*sizes, *[ctypes.c_void_p] * 6, ctypes.c_int]
-    library.bi_wkv_backward.argtypes = [*sizes, *[ctypes.c_void_p] * 11, ctypes.c_int]
+    library.bi_wkv_forward.argtypes = [*sizes, *[ctypes.c_void_p] * 5, ctypes.c_int]
+    library.bi_wkv_backward.argtypes = [*sizes, *[ctypes.c_void_p] * 9, ctypes.c_int]
     return library

@@ -47,6 +47,9 @@ def _backward_op(
     dtypes = [x.dtype for x in (decay, bonus, key, value)]
     with torch.autocast(key.device.type, enabled=False):
         two_sides, decay, bonus, key, value = _prepare(decay, bonus, key, value)
+        # Gradients live on differences between values and outputs. Where few tokens have nearly all the weight these are
+        # small, so values count from their mean by weight.
+        value = value - (key.softmax(1) * value).sum(1, keepdim=True)
         own, past, future = two_sides(decay, key, _with_ones(value))
         exponent, (top, bottom) = _join(past, future, (own[0] + bonus, own[1]))
         # With P the weights and y the output, the gradient of weight P_ni is above_n (value_i - y_n): two more sums of
