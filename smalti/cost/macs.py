@@ -10,12 +10,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from smalti.cost.trial import OpShapes, on_meta, try_forward, weights_on_meta
 from smalti.models import Backbone, BackboneConfig, build_backbone, config_of
-from smalti.ops.dispatch import Op, watch
+from smalti.ops.dispatch import Op
 
 # What the papers' tables count. Transforms, recurrences and kernels come on top and are shown beside.
 PUBLISHED_KINDS = ("linear", "conv", "attention")
@@ -86,19 +86,14 @@ def count_macs(
 
     Source: counting rule of Peebles & Xie 2023, arXiv:2212.09748, table 4, confirmed by recount.
     """
-    network = _on_meta(model)
+    network = on_meta(model)
     config = config_of(network)
     if fused and isinstance(network, Fusable):
         network = network.fuse()
-    rows, columns = config.sample_size if sample_size is None else sample_size
-    weights = {name: t.detach().to("meta") for name, t in (*network.named_parameters(), *network.named_buffers())}
     flops, tracker = FlopCounterMode(display=False), ModuleTracker()
     ops = _OpCounter(flops, tracker)
-    with torch.device("meta"), torch.no_grad():
-        latents, timesteps = torch.empty(1, config.in_channels, rows, columns), torch.empty(1)
-        labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
-        with tracker, flops, watch(ops):
-            functional_call(network, weights, (latents, timesteps, labels))
+    with torch.no_grad(), tracker, flops:
+        try_forward(network, weights_on_meta(network), config, sample_size, ops)
     root = type(network).__name__
     counted = [*_products(flops, root), *((_inside(path, root), kind, n) for path, kind, n in ops.counted)]
     blocks = _block_paths(network)
@@ -109,7 +104,7 @@ def count_macs(
 
 def count_parameters(model: nn.Module | BackboneConfig) -> ParameterCount:
     """Trained, all and fused parameters of a backbone or of the one that a config describes; nothing is allocated."""
-    network = _on_meta(model)
+    network = on_meta(model)
     named = list(network.named_parameters())
     blocks = _block_paths(network)
     owners = ((*name.rpartition(".")[::2], parameter) for name, parameter in named)
@@ -124,37 +119,26 @@ def count_parameters(model: nn.Module | BackboneConfig) -> ParameterCount:
     return ParameterCount(trained, sum(p.numel() for _, p in named), fused, by_part)
 
 
-def _on_meta(model: nn.Module | BackboneConfig) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    with torch.device("meta"):
-        return build_backbone(model)
-
-
 class _OpCounter:
     """Stands in for every op: notes what it counts of itself, and returns a result of the right shape.
 
-    The shape comes from the reference, run once for each kind of input; the matrix products in it are taken back from
-    PyTorch's counter.
+    The matrix products in the reference, which tells that shape, are taken back from PyTorch's counter.
     """
 
     def __init__(self, flops: FlopCounterMode, tracker: ModuleTracker) -> None:
         self.counted: list[tuple[str, str, int]] = []  # path, kind, multiply-adds
         self._flops, self._tracker = flops, tracker
-        self._shapes: dict[Any, Tensor] = {}
+        self._shapes = OpShapes()
 
     def __call__(self, op: Op, args: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
         path = max(self._tracker.parents - {"Global"}, key=len)
         self.counted += [(path, kind, n) for kind, n in op.macs(*args).items()]
-        key = (op.name, tuple((a.shape, a.stride(), a.dtype) for a in args), repr(options))
-        if key not in self._shapes:
-            before = {path: dict(counts) for path, counts in self._flops.flop_counts.items()}
-            with watch(None):
-                self._shapes[key] = op.reference(*args, **options)
-            self._flops.flop_counts.clear()
-            for path, counts in before.items():
-                self._flops.flop_counts[path].update(counts)
-        return torch.empty_like(self._shapes[key])
+        before = {path: dict(counts) for path, counts in self._flops.flop_counts.items()}
+        self._shapes.learn(op, args, options)
+        self._flops.flop_counts.clear()
+        for path, counts in before.items():
+            self._flops.flop_counts[path].update(counts)
+        return self._shapes.of(op, args, options)
 
 
 def _products(flops: FlopCounterMode, root: str) -> list[tuple[str, str, int]]:
