@@ -18,8 +18,8 @@ from smalti.storage.tensors import differences, shapes_of
 def from_official(source: str, state_dict: Mapping[str, Tensor], **hyperparameters: Any) -> nn.Module:
     """Build the network that released weights belong to, and load a copy of them.
 
-    The result is called `model(latents, timesteps, class_labels)`; it drops no labels, in either mode. Weights of a single
-    layer become a mixer, called `mixer(tokens, grid)`.
+    The result is called `model(latents, timesteps, class_labels)`; it drops no labels, in either mode.
+    Weights of a single layer become a mixer, called `mixer(tokens, grid)`.
 
     Args:
         source: where the weights come from: a key of MAPS or LAYERS, such as "facebookresearch/DiT".

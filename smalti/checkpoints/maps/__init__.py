@@ -2,9 +2,16 @@
 
 from smalti.checkpoints.maps.base import Source
 from smalti.checkpoints.maps.dit import DIT
+from smalti.checkpoints.maps.s4 import S4, S4D
 
 MAPS: dict[str, Source] = {
     DIT.name: DIT,
 }
 
-__all__ = ["MAPS", "Source"]
+# Layers that were released by themselves: they become mixers.
+LAYERS: dict[str, Source] = {
+    S4.name: S4,
+    S4D.name: S4D,
+}
+
+__all__ = ["LAYERS", "MAPS", "Source"]
