@@ -7,6 +7,7 @@ from torch import nn
 from smalti.models.base import Backbone, BackboneConfig
 from smalti.models.diffussm import DiffuSSM, DiffuSSMConfig
 from smalti.models.dit import DiT, DiTConfig
+from smalti.models.drwkv import DRWKV, DRWKVConfig
 
 
 class BackboneEntry(NamedTuple):
@@ -19,6 +20,7 @@ class BackboneEntry(NamedTuple):
 BACKBONES: dict[str, BackboneEntry] = {
     DiTConfig.kind: BackboneEntry(DiTConfig, DiT),
     DiffuSSMConfig.kind: BackboneEntry(DiffuSSMConfig, DiffuSSM),
+    DRWKVConfig.kind: BackboneEntry(DRWKVConfig, DRWKV),
 }
 
 
@@ -41,9 +43,11 @@ def config_of(model: nn.Module) -> BackboneConfig:
 
 __all__ = [
     "BACKBONES",
+    "DRWKV",
     "Backbone",
     "BackboneConfig",
     "BackboneEntry",
+    "DRWKVConfig",
     "DiT",
     "DiTConfig",
     "DiffuSSM",

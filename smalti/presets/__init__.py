@@ -12,9 +12,10 @@ from smalti.errors import ConfigError
 from smalti.models import BackboneConfig, build_backbone
 from smalti.presets.diffussm import DIFFUSSM
 from smalti.presets.dit import DIT
+from smalti.presets.drwkv import DRWKV
 from smalti.presets.preset import Preset
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT, *DIFFUSSM)}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT, *DIFFUSSM, *DRWKV)}
 
 
 def find_preset(name: str) -> Preset:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smalti.config import from_dict, to_dict
 from smalti.errors import ConfigError
-from smalti.models import BACKBONES, Backbone, BackboneConfig, DiffuSSMConfig, DiTConfig, build_backbone
+from smalti.models import BACKBONES, Backbone, BackboneConfig, DiffuSSMConfig, DiTConfig, DRWKVConfig, build_backbone
 from smalti.nn.mixers import AttentionConfig
 
 pytestmark = pytest.mark.usefixtures("deterministic", "seeded")
@@ -24,8 +24,11 @@ SHARED = {"sample_size": (8, 8), "in_channels": 3, "num_classes": 5}
 # One small config per backbone: a new backbone adds its line here and gets every test below.
 CONFIGS = {
     "dit": DiTConfig(hidden_size=32, depth=2, mixer=AttentionConfig(num_heads=4), **SHARED),
+    "drwkv": DRWKVConfig(hidden_size=32, depth=3, **SHARED),
     "diffussm": DiffuSSMConfig(hidden_size=32, depth=2, patch_size=2, **SHARED),
 }
+# A trained position table belongs to one size, and is stretched for others: tests/models/test_drwkv.py.
+ANY_SIZE = {"drwkv": {"position": "frozen"}}
 KINDS = pytest.mark.parametrize("kind", BACKBONES)
 
 
@@ -88,8 +91,9 @@ def test_other_sizes_and_sizes_that_are_not_square_work(kind, size):
 @KINDS
 @pytest.mark.parametrize("size", [(8, 16), (16, 8)])
 def test_a_network_made_for_a_size_agrees_with_one_that_is_only_shown_it(kind, size):
-    network, arguments = scrambled(build(kind)).double(), inputs(size, dtype=torch.float64)
-    made_for_it = build(kind, sample_size=list(size)).double()
+    changes = ANY_SIZE.get(kind, {})
+    network, arguments = scrambled(build(kind, **changes)).double(), inputs(size, dtype=torch.float64)
+    made_for_it = build(kind, sample_size=list(size), **changes).double()
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     missing = made_for_it.load_state_dict({k: v for k, v in network.state_dict().items() if k in trained}, strict=False)
     assert not trained & set(missing.missing_keys)

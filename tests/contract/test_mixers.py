@@ -7,7 +7,7 @@ from smalti.config import from_dict, to_dict
 from smalti.errors import ConfigError
 from smalti.models import DiT, DiTConfig
 from smalti.nn.layers import Grid
-from smalti.nn.mixers import MIXERS, Attention, AttentionConfig, BiSSMConfig, MixerConfig, build_mixer
+from smalti.nn.mixers import MIXERS, Attention, AttentionConfig, BiSSMConfig, BiWKVConfig, MixerConfig, build_mixer
 
 pytestmark = pytest.mark.usefixtures("deterministic", "seeded")
 
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("deterministic", "seeded")
 CONFIGS = {
     "attention": AttentionConfig(num_heads=4),
     "bi_ssm": BiSSMConfig(state_size=8),
+    "bi_wkv": BiWKVConfig(),
 }
 WIDTH = 32
 KINDS = pytest.mark.parametrize("kind", MIXERS)

@@ -2,10 +2,12 @@
 
 from smalti.checkpoints.maps.base import Source
 from smalti.checkpoints.maps.dit import DIT
+from smalti.checkpoints.maps.drwkv import DRWKV
 from smalti.checkpoints.maps.s4 import S4, S4D
 
 MAPS: dict[str, Source] = {
     DIT.name: DIT,
+    DRWKV.name: DRWKV,
 }
 
 # Layers that were released by themselves: they become mixers.

@@ -5,10 +5,12 @@ from torch import nn
 from smalti.nn.mixers.attention import Attention, AttentionConfig
 from smalti.nn.mixers.base import ALONE, MixerConfig, Place
 from smalti.nn.mixers.bi_ssm import BiSSM, BiSSMConfig
+from smalti.nn.mixers.bi_wkv import BiWKV, BiWKVConfig
 
 MIXERS: dict[str, tuple[type[MixerConfig], type[nn.Module]]] = {
     AttentionConfig.kind: (AttentionConfig, Attention),
     BiSSMConfig.kind: (BiSSMConfig, BiSSM),
+    BiWKVConfig.kind: (BiWKVConfig, BiWKV),
 }
 
 
@@ -24,6 +26,8 @@ __all__ = [
     "AttentionConfig",
     "BiSSM",
     "BiSSMConfig",
+    "BiWKV",
+    "BiWKVConfig",
     "MixerConfig",
     "Place",
     "build_mixer",
