@@ -8,6 +8,7 @@ from smalti.models.base import Backbone, BackboneConfig
 from smalti.models.diffussm import DiffuSSM, DiffuSSMConfig
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.drwkv import DRWKV, DRWKVConfig
+from smalti.models.udit import UDiT, UDiTConfig
 
 
 class BackboneEntry(NamedTuple):
@@ -21,6 +22,7 @@ BACKBONES: dict[str, BackboneEntry] = {
     DiTConfig.kind: BackboneEntry(DiTConfig, DiT),
     DiffuSSMConfig.kind: BackboneEntry(DiffuSSMConfig, DiffuSSM),
     DRWKVConfig.kind: BackboneEntry(DRWKVConfig, DRWKV),
+    UDiTConfig.kind: BackboneEntry(UDiTConfig, UDiT),
 }
 
 
@@ -52,6 +54,8 @@ __all__ = [
     "DiTConfig",
     "DiffuSSM",
     "DiffuSSMConfig",
+    "UDiT",
+    "UDiTConfig",
     "build_backbone",
     "config_of",
 ]

@@ -14,8 +14,9 @@ from smalti.presets.diffussm import DIFFUSSM
 from smalti.presets.dit import DIT
 from smalti.presets.drwkv import DRWKV
 from smalti.presets.preset import Preset
+from smalti.presets.udit import UDIT
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT, *DIFFUSSM, *DRWKV)}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT, *DIFFUSSM, *DRWKV, *UDIT)}
 
 
 def find_preset(name: str) -> Preset:

@@ -13,11 +13,13 @@ class Published:
         parameters_m: millions of parameters.
         gmacs: multiply-adds of one forward, in 10^9; the papers call it Gflops.
         total: parameters counted on the released classes, the fixed position table included.
+        fused_total: the same after `fuse()`; where it stands, the source's millions and GMACs are of that form, too.
     """
 
     parameters_m: float | None = None
     gmacs: float | None = None
     total: int | None = None
+    fused_total: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from smalti.config import from_dict, to_dict
 from smalti.errors import ConfigError
 from smalti.models import DiT, DiTConfig
 from smalti.nn.layers import Grid
-from smalti.nn.mixers import MIXERS, Attention, AttentionConfig, BiSSMConfig, BiWKVConfig, MixerConfig, build_mixer
+from smalti.nn.mixers import (
+    MIXERS,
+    Attention,
+    AttentionConfig,
+    BiSSMConfig,
+    BiWKVConfig,
+    DownsampledAttentionConfig,
+    MixerConfig,
+    build_mixer,
+)
 
 pytestmark = pytest.mark.usefixtures("deterministic", "seeded")
 
@@ -16,6 +25,7 @@ CONFIGS = {
     "attention": AttentionConfig(num_heads=4),
     "bi_ssm": BiSSMConfig(state_size=8),
     "bi_wkv": BiWKVConfig(),
+    "downsampled_attention": DownsampledAttentionConfig(num_heads=4),
 }
 WIDTH = 32
 KINDS = pytest.mark.parametrize("kind", MIXERS)
@@ -34,6 +44,10 @@ def test_every_mixer_of_the_table_is_tested():
 @pytest.mark.parametrize("grid", [Grid(4, 4), Grid(2, 6), Grid(8, 1)])
 def test_tokens_keep_their_shape_on_any_grid(kind, grid):
     x = torch.randn(2, grid.tokens, WIDTH)
+    if kind == "downsampled_attention" and grid.columns % 2:
+        with pytest.raises(ValueError, match="both must be divisible by the factor 2"):
+            build(kind)(x, grid)
+        return
     y = build(kind)(x, grid)
     assert y.shape == x.shape
     assert y.isfinite().all()

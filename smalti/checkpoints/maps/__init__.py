@@ -4,10 +4,12 @@ from smalti.checkpoints.maps.base import Source
 from smalti.checkpoints.maps.dit import DIT
 from smalti.checkpoints.maps.drwkv import DRWKV
 from smalti.checkpoints.maps.s4 import S4, S4D
+from smalti.checkpoints.maps.udit import UDIT
 
 MAPS: dict[str, Source] = {
     DIT.name: DIT,
     DRWKV.name: DRWKV,
+    UDIT.name: UDIT,
 }
 
 # Layers that were released by themselves: they become mixers.

@@ -6,11 +6,13 @@ from smalti.nn.mixers.attention import Attention, AttentionConfig
 from smalti.nn.mixers.base import ALONE, MixerConfig, Place
 from smalti.nn.mixers.bi_ssm import BiSSM, BiSSMConfig
 from smalti.nn.mixers.bi_wkv import BiWKV, BiWKVConfig
+from smalti.nn.mixers.downsampled_attention import DownsampledAttention, DownsampledAttentionConfig
 
 MIXERS: dict[str, tuple[type[MixerConfig], type[nn.Module]]] = {
     AttentionConfig.kind: (AttentionConfig, Attention),
     BiSSMConfig.kind: (BiSSMConfig, BiSSM),
     BiWKVConfig.kind: (BiWKVConfig, BiWKV),
+    DownsampledAttentionConfig.kind: (DownsampledAttentionConfig, DownsampledAttention),
 }
 
 
@@ -28,6 +30,8 @@ __all__ = [
     "BiSSMConfig",
     "BiWKV",
     "BiWKVConfig",
+    "DownsampledAttention",
+    "DownsampledAttentionConfig",
     "MixerConfig",
     "Place",
     "build_mixer",
