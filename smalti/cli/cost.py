@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from smalti.workflows.cost import Measuring, as_json, cost
+from smalti.workflows.cost import cost
 from smalti.workflows.cost_plot import check_plot, write_plot
+from smalti.workflows.cost_report import Measuring, as_json
 from smalti.workflows.cost_text import as_table
 
 

@@ -1,11 +1,8 @@
 """`cost`: what networks cost at each size of the latents, counted and measured, and where a mixer beats attention."""
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +10,7 @@ from torch import Tensor
 
 from smalti.config import did_you_mean
 from smalti.cost import (
-    ActivationBytes,
     Gemm,
-    MacCount,
-    ParameterCount,
     clock_name,
     count_activations,
     count_macs,
@@ -30,98 +24,12 @@ from smalti.nn.mixers import MIXERS, build_mixer
 from smalti.presets import PRESETS, find_preset, list_models, parse_overrides, preset_config
 from smalti.presets.swap import swap_mixer
 from smalti.training.device import resolve_device
-from smalti.workflows.timed import TRAINING_FORWARDS, Precision, Work, WorkTime, matrix_dtype, time_work
+from smalti.workflows.cost_crossovers import find_crossovers, tokens_of
+from smalti.workflows.cost_report import CostReport, CostRow, Measuring
+from smalti.workflows.timed import TRAINING_FORWARDS, Work, WorkTime, matrix_dtype, time_work
 
-BASELINE = "attention"
-SIDE_STEP = 8  # crossovers are looked for among latents of these sides, which every network can cut into tokens
 BYTES_PER_WEIGHT = {"forward": 4, "training": 20}  # weights; and gradients, two moments, average
 SLOW_GUESS = 4.0  # floors that a first call is feared to take, before anything was measured
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measuring:
-    """How networks are timed, and what is left out.
-
-    Args:
-        batch: images at once.
-        threads: of the CPU; with one, CPU time is read, which other processes do not disturb.
-        max_seconds: longest single call, as foretold from the counts and the sizes before it.
-        max_gib: most memory of a single call, foretold likewise.
-    """
-
-    batch: int = 1
-    precision: Precision = "fp32"
-    device: str = "cpu"
-    threads: int = 1
-    repeats: int = 5
-    max_seconds: float = 10.0
-    max_gib: float = 4.0
-
-    def __post_init__(self) -> None:
-        if min(self.batch, self.threads, self.repeats) < 1:
-            raise ConfigError(
-                f"batch {self.batch}, threads {self.threads} and repeats {self.repeats} must be at least 1"
-            )
-        if not (self.max_seconds > 0 and self.max_gib > 0):
-            raise ConfigError(f"max_seconds {self.max_seconds} and max_gib {self.max_gib} must be above 0")
-
-
-@dataclass(frozen=True)
-class CostRow:
-    """One network at one size.
-
-    Args:
-        network: the preset's name.
-        mixer: the kind of its mixer.
-        tokens: of the mixer at the highest resolution.
-        macs: of the inference form.
-        measured: by "forward" and "training".
-        mixer_seconds: of one mixer alone, forward, with its projections.
-        left_out: what was not measured, and why.
-    """
-
-    network: str
-    mixer: str
-    sample_size: tuple[int, int]
-    tokens: int
-    parameters: ParameterCount
-    macs: MacCount
-    activations: ActivationBytes
-    measured: dict[str, WorkTime]
-    mixer_seconds: float | None
-    left_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Crossover:
-    """From where on a network with another mixer is cheaper than the same network with attention.
-
-    Args:
-        what: "mixer" (one of them, with its projections) or "network".
-        unit: "multiply-adds" or "seconds".
-        tokens: the first number of tokens at which it is cheaper; None = at none up to `largest`.
-        exact: counted at this size, not read between two measured ones.
-        smallest, largest: the range that was looked at.
-    """
-
-    network: str
-    mixer: str
-    what: str
-    unit: str
-    tokens: int | None
-    exact: bool
-    smallest: int
-    largest: int
-
-
-@dataclass(frozen=True)
-class CostReport:
-    """All rows and crossovers; `measuring` is None where nothing was timed."""
-
-    rows: tuple[CostRow, ...]
-    crossovers: tuple[Crossover, ...]
-    measuring: Measuring | None
-    clock: str | None
 
 
 def cost(
@@ -159,7 +67,7 @@ def cost(
                 progress(f"{name}, {kind}, {'x'.join(map(str, config.sample_size))}")
                 rows.append(_row(name, kind, config, measuring, device, before))
         clock = clock_name(device) if measuring else None
-    return CostReport(tuple(rows), tuple(_crossovers(variants, rows)), measuring, clock)
+    return CostReport(tuple(rows), tuple(find_crossovers(variants, rows)), measuring, clock)
 
 
 def _configs(names: Sequence[str], override: tuple[str, ...], sizes: str) -> Iterator[tuple[str, list[BackboneConfig]]]:
@@ -255,7 +163,7 @@ def _count(name: str, kind: str, config: BackboneConfig) -> CostRow:
             network=name,
             mixer=kind,
             sample_size=config.sample_size,
-            tokens=_tokens(config),
+            tokens=tokens_of(config),
             parameters=count_parameters(config),
             macs=count_macs(config, fused=True),
             activations=count_activations(config),
@@ -265,11 +173,6 @@ def _count(name: str, kind: str, config: BackboneConfig) -> CostRow:
         )
     except ValueError as error:  # a network may refuse a size that its config does not know to be wrong
         raise ConfigError(f"{name} with mixer {kind}: {error}") from error
-
-
-def _tokens(config: BackboneConfig) -> int:
-    grid: Grid = getattr(config, "grid", None) or Grid(*config.sample_size)
-    return grid.tokens
 
 
 def _rate(measuring: Measuring, device: torch.device) -> float:
@@ -308,98 +211,3 @@ def _mixer_seconds(config: BackboneConfig, measuring: Measuring, device: torch.d
             return mixer(x, grid)
 
     return measure_interleaved({"": run}, device=device, repeats=measuring.repeats, min_seconds=0.01)[""].median
-
-
-# --- crossovers
-
-
-def _crossovers(
-    variants: Sequence[tuple[str, str, list[BackboneConfig]]], rows: Sequence[CostRow]
-) -> Iterator[Crossover]:
-    """Of every mixer beside attention in the same network."""
-    attention = {name: configs for name, kind, configs in variants if kind == BASELINE}
-    for name, kind, configs in variants:
-        if kind == BASELINE or name not in attention:
-            continue
-        largest = configs[-1]
-        for what in ("mixer", "network"):
-            yield _counted_crossover(name, kind, what, largest, attention[name][-1])
-        ours = [row for row in rows if (row.network, row.mixer) == (name, kind)]
-        theirs = [row for row in rows if (row.network, row.mixer) == (name, BASELINE)]
-        for what in ("mixer", "network"):
-            yield from _measured_crossover(name, kind, what, ours, theirs)
-
-
-def _counted_crossover(name: str, kind: str, what: str, ours: BackboneConfig, theirs: BackboneConfig) -> Crossover:
-    """By bisection over the side of square latents, counted anew at each."""
-
-    def at(side: int) -> BackboneConfig:
-        return dataclasses.replace(ours, sample_size=(side, side))
-
-    def cheaper(side: int) -> bool:
-        size = (side, side)
-        one, other = (
-            count_macs(at(side), fused=True),
-            count_macs(dataclasses.replace(theirs, sample_size=size), fused=True),
-        )
-        return one.by_part["mixer"] < other.by_part["mixer"] if what == "mixer" else one.total < other.total
-
-    low, high = 1, max(1, max(ours.sample_size) // SIDE_STEP)  # in steps
-    smallest, largest = _tokens(at(low * SIDE_STEP)), _tokens(at(high * SIDE_STEP))
-    found: int | None
-    if cheaper(low * SIDE_STEP):
-        found = low
-    elif not cheaper(high * SIDE_STEP):
-        found = None
-    else:
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if cheaper(middle * SIDE_STEP) else (middle, high)
-        found = high
-    tokens = None if found is None else _tokens(at(found * SIDE_STEP))
-    return Crossover(name, kind, what, "multiply-adds", tokens, True, smallest, largest)
-
-
-def _measured_crossover(
-    name: str, kind: str, what: str, ours: Sequence[CostRow], theirs: Sequence[CostRow]
-) -> Iterator[Crossover]:
-    """Between the last measured size at which attention is faster and the next, on a straight line of logarithms."""
-    points = [
-        (a.tokens, math.log(mine / other))
-        for a, b in zip(ours, theirs, strict=True)
-        if (mine := seconds_of(a, what)) is not None and (other := seconds_of(b, what)) is not None
-    ]
-    if not points:
-        return
-    smallest, largest = points[0][0], points[-1][0]
-    tokens: int | None
-    last_slower = max((i for i, (_, ratio) in enumerate(points) if ratio >= 0), default=None)
-    if last_slower is None:
-        tokens = smallest
-    elif last_slower == len(points) - 1:
-        tokens = None
-    else:
-        (left, above), (right, below) = points[last_slower], points[last_slower + 1]
-        share = above / (above - below)
-        tokens = round(math.exp(math.log(left) + share * math.log(right / left)))
-    yield Crossover(name, kind, what, "seconds", tokens, False, smallest, largest)
-
-
-def seconds_of(row: CostRow, what: str) -> float | None:
-    """Measured forward of the mixer or the network, None where it was left out."""
-    if what == "mixer":
-        return row.mixer_seconds
-    return row.measured["forward"].seconds if "forward" in row.measured else None
-
-
-def macs_of(row: CostRow, what: str) -> int:
-    """Counted forward of the mixers or the network."""
-    return row.macs.by_part.get("mixer", 0) if what == "mixer" else row.macs.total
-
-
-# --- for machines
-
-
-def as_json(report: CostReport) -> str:
-    """One JSON object: `rows`, `crossovers`, `measuring`, `clock`."""
-    return json.dumps(dataclasses.asdict(report))

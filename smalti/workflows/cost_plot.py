@@ -5,7 +5,8 @@ from pathlib import Path
 
 from smalti.errors import ConfigError
 from smalti.report.panels import COLOURS, Curve, Panel, draw
-from smalti.workflows.cost import BASELINE, CostReport, CostRow, macs_of, seconds_of
+from smalti.workflows.cost_crossovers import BASELINE
+from smalti.workflows.cost_report import CostReport, CostRow, macs_of, seconds_of
 
 _WHAT = {"mixer": "the mixer alone", "network": "the whole network"}
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from smalti.cost.macs import PUBLISHED_KINDS
-from smalti.workflows.cost import CostReport, CostRow, Crossover
+from smalti.workflows.cost_report import CostReport, CostRow, Crossover
 from smalti.workflows.timed import WorkTime
 
 ON_TOP = ("scan", "fft", "kernel")
