@@ -7,6 +7,7 @@ from smalti.ops.bi_wkv.c import KINDS, bi_wkv_c, unavailable
 from smalti.ops.bi_wkv.prefix import bi_wkv_prefix
 from smalti.ops.bi_wkv.reference import bi_wkv_reference
 from smalti.ops.bi_wkv.release import bi_wkv_release as _release
+from smalti.ops.bi_wkv.triton import bi_wkv_triton, triton_refusal
 from smalti.ops.dispatch import Op
 
 
@@ -20,7 +21,7 @@ def _refuses(impl: str, args: tuple[Tensor, ...]) -> str:
         if any(x.dtype not in KINDS for x in args):
             return f"it takes {', '.join(str(dtype) for dtype in KINDS)}, got {[str(x.dtype) for x in args]}"
         return unavailable()
-    return ""
+    return triton_refusal(args) if impl == "triton" else ""
 
 
 def _example(
@@ -38,7 +39,7 @@ def _macs(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> dict[str,
     return {"scan": 13 * key.numel() // 2}
 
 
-_FAST = {"c": bi_wkv_c, "prefix": bi_wkv_prefix}
+_FAST = {"triton": bi_wkv_triton, "c": bi_wkv_c, "prefix": bi_wkv_prefix}
 
 bi_wkv = Op("bi_wkv", bi_wkv_reference, _FAST, _refuses, _example, _macs, batched=(2, 3))
 bi_wkv_release = Op("bi_wkv_release", _release, {}, _refuses, _example, _macs, batched=(2, 3))
