@@ -9,11 +9,22 @@ from smalti.training.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in one fused pass where the device has it (CPU and CUDA do)."""
+    """AdamW over the trainable parameters, in one fused pass where the device has it (CPU and CUDA do).
+
+    Weight decay leaves out what a module lists in its class attribute `without_weight_decay`: parameters for which zero
+    is no neutral value, as the time constants of a state space.
+    """
+    spared = {
+        id(getattr(module, name)) for module in model.modules() for name in getattr(module, "without_weight_decay", ())
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in spared], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
+    ]
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
     return torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=fused
     )
 
 
