@@ -23,20 +23,24 @@ def bi_wkv_c(
     return torch.ops.smalti.bi_wkv_c(decay, bonus, key, value)
 
 
-@cache
 def unavailable() -> str:
     """Why the C twin cannot run on this machine; "" when it can. Compiles it when asked for the first time."""
+    return _answer()
+
+
+# For torch.compile: ask the function while tracing and take its answer as a constant. This is the mark that
+# torch.compiler.assume_constant_result sets, which would import the whole compiler here.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _answer() -> str:
     reason = load_native(SOURCE).reason
     if reason:
         logging.getLogger("smalti").warning(
-            "Bi-WKV runs in its slower PyTorch form, about 20 times slower than in C (5 times in training): %s", reason
+            "Bi-WKV runs in its slower PyTorch form, 10 to 25 times slower than in C: %s", reason
         )
     return reason
-
-
-# For torch.compile: ask the function once and take its answer as a constant. This is what
-# torch.compiler.assume_constant_result sets, which would import the whole compiler here.
-unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("smalti::bi_wkv_c", mutates_args=(), device_types="cpu")

@@ -47,8 +47,8 @@ def _backward_op(
     dtypes = [x.dtype for x in (decay, bonus, key, value)]
     with torch.autocast(key.device.type, enabled=False):
         two_sides, decay, bonus, key, value = _prepare(decay, bonus, key, value)
-        # Gradients live on differences between values and outputs. Where few tokens have nearly all the weight these are
-        # small, so values count from their mean by weight.
+        # Gradients live on differences between values and outputs. Where few tokens have nearly all the weight these
+        # are small, so values count from their mean by weight.
         value = value - (key.softmax(1) * value).sum(1, keepdim=True)
         own, past, future = two_sides(decay, key, _with_ones(value))
         exponent, (top, bottom) = _join(past, future, (own[0] + bonus, own[1]))
@@ -108,7 +108,8 @@ def _prepare(
     two_sides: TwoSides = _scaled if reach <= SCALED_RANGE[dtype] else _doubling
     if two_sides is _doubling and key.device.type != "mps":  # which has no float64
         dtype = torch.float64
-    return two_sides, decay.to(dtype), bonus.to(dtype), key.to(dtype), value.to(dtype)
+    decay, bonus, key, value = (x.to(dtype) for x in (decay, bonus, key, value))
+    return two_sides, decay, bonus, key - key.amax(1, keepdim=True), value  # what all keys share cancels
 
 
 def _with_ones(value: Tensor) -> Tensor:
