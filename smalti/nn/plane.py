@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smalti import ops
 from smalti.nn.layers import Grid
 
 
@@ -60,7 +61,7 @@ def depthwise(
     x: Float[Tensor, "B N D"], grid: Grid, weight: Float[Tensor, "D 1 k k"], bias: Float[Tensor, "D"]
 ) -> Float[Tensor, "B N D"]:
     """The convolution of `Depthwise` with a kernel of odd size that is given."""
-    return as_tokens(F.conv2d(as_plane(x, grid), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0]))
+    return ops.depthwise(x.unflatten(1, tuple(grid)), weight, bias).flatten(1, 2)
 
 
 def with_shortcut(weight: Float[Tensor, "D 1 k k"]) -> Float[Tensor, "D 1 k k"]:
