@@ -5,6 +5,7 @@ from smalti.cost.agreement import disagreement
 from smalti.cost.clock import Gemm, Timing, clock_name, gemm_rate, measure, measure_interleaved
 from smalti.cost.macs import Fusable, MacCount, ParameterCount, count_macs, count_parameters
 from smalti.cost.memory import PeakMemory, peak_memory, peak_memory_refusal
+from smalti.cost.trial import on_meta
 
 __all__ = [
     "ActivationBytes",
@@ -22,6 +23,7 @@ __all__ = [
     "gemm_rate",
     "measure",
     "measure_interleaved",
+    "on_meta",
     "peak_memory",
     "peak_memory_refusal",
 ]

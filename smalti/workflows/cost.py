@@ -16,6 +16,7 @@ from smalti.cost import (
     count_macs,
     count_parameters,
     measure_interleaved,
+    on_meta,
 )
 from smalti.errors import ConfigError
 from smalti.models import BackboneConfig
@@ -159,14 +160,15 @@ def _row(
 
 def _count(name: str, kind: str, config: BackboneConfig) -> CostRow:
     try:
+        network = on_meta(config)
         return CostRow(
             network=name,
             mixer=kind,
             sample_size=config.sample_size,
             tokens=tokens_of(config),
-            parameters=count_parameters(config),
-            macs=count_macs(config, fused=True),
-            activations=count_activations(config),
+            parameters=count_parameters(network),
+            macs=count_macs(network, fused=True),
+            activations=count_activations(network),
             measured={},
             mixer_seconds=None,
             left_out=(),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from smalti.config import did_you_mean
-from smalti.cost.macs import count_macs, count_parameters
+from smalti.cost import count_macs, count_parameters, on_meta
 from smalti.errors import ConfigError
 from smalti.presets import PRESETS, list_models
 
@@ -42,7 +42,8 @@ def preset_rows(pattern: str) -> Iterator[PresetRow]:
         raise ConfigError(f"no preset matches {pattern!r}{did_you_mean(pattern, PRESETS)}")
     for name in names:
         preset = PRESETS[name]
-        parameters = count_parameters(preset.config)
+        network = on_meta(preset.config)
+        parameters = count_parameters(network)
         yield PresetRow(
             name=name,
             title=preset.title,
@@ -51,7 +52,7 @@ def preset_rows(pattern: str) -> Iterator[PresetRow]:
             trained=parameters.trained,
             fused=parameters.fused,
             published_millions=preset.published.parameters_m,
-            gmacs=round(count_macs(preset.config, fused=True).published / 1e9, 4),
+            gmacs=round(count_macs(network, fused=True).published / 1e9, 4),
             published_gmacs=preset.published.gmacs,
             source=preset.source,
         )
