@@ -38,8 +38,9 @@ class KeyMap:
 
     def idle(self, names: Iterable[str]) -> list[str]:
         """Rules, but for the optional ones, that meet none of their names."""
-        names, needed = list(names), [rule for rule in self.rules if rule not in self.optional]
-        return [rule for rule in needed if not any(_pattern(rule).fullmatch(name) for name in names)]
+        names = list(names)
+        needed = {rule: _pattern(rule) for rule in self.rules if rule not in self.optional}
+        return [rule for rule, pattern in needed.items() if not any(map(pattern.fullmatch, names))]
 
 
 def _rename(rules: Mapping[str, str], names: Iterable[str]) -> tuple[dict[str, str], list[str]]:

@@ -211,7 +211,7 @@ def _fitting(origin: Source, tensors: Mapping[str, Tensor], c: Conversion) -> st
         raise ConfigError(f"{c.file}: no preset of {origin.name} is known; {advice}")
     nearest = min(tables, key=lambda name: sum(map(int, _numbers(tables[name]))))
     raise CheckpointError(
-        f"{c.file} has the shapes of no preset of {origin.name}; {advice}. {nearest}: {tables[nearest]}"
+        f"{c.file} has the shapes of no preset of {origin.name}; {advice}; beside {nearest}, {tables[nearest]}"
     )
 
 

@@ -70,13 +70,20 @@ def is_standard_table(table: Tensor, config: DiTConfig) -> bool:
 
 def _unreleased(config: BackboneConfig) -> str:
     assert isinstance(config, DiTConfig)
-    return "closed timestep frequencies" if config.timestep_frequencies == "closed" else ""
+    rows, columns = config.sample_size
+    if config.timestep_frequencies == "closed":
+        return "closed timestep frequencies"
+    if config.conditioning == "adaln":  # the others show in the names of their tensors
+        return "conditioning 'adaln'"
+    return f"a sample_size of {rows}x{columns}, which is not square," if rows != columns else ""
 
 
 def _released(config: BackboneConfig) -> dict[str, Any]:
     assert isinstance(config, DiTConfig)
-    if not isinstance(config.mixer, AttentionConfig) or config.sample_size[0] != config.sample_size[1]:
-        raise ConfigError(f"{DIT.name} has square latents and attention only: this network was never released")
+    reason = f"the mixer {config.mixer.kind!r}" if not isinstance(config.mixer, AttentionConfig) else ""
+    if reason := reason or _unreleased(config):
+        raise ConfigError(f"{DIT.name} cannot do {reason}: such a network was never released")
+    assert isinstance(config.mixer, AttentionConfig)
     return {
         "input_size": config.sample_size[0],
         "patch_size": config.patch_size,

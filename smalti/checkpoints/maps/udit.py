@@ -113,6 +113,33 @@ def _unreleased(config: BackboneConfig) -> str:
     return ""
 
 
+def _released(config: BackboneConfig) -> dict[str, Any]:
+    assert isinstance(config, UDiTConfig)
+    if reason := _unreleased(config):
+        raise ConfigError(f"{UDIT.name} cannot do {reason}: such a network was never released")
+    assert isinstance(config.mixer, DownsampledAttentionConfig)
+    mixer = config.mixer
+    forms = [(ffn, rep) for ffn, kinds in _MLPS.items() for rep, kind in enumerate(kinds) if kind == config.mlp]
+    return {
+        "input_size": config.sample_size[0],
+        "down_factor": mixer.factor,
+        "in_channels": config.in_channels,
+        "hidden_size": config.hidden_size,
+        "depth": list(config.depth),
+        "num_heads": mixer.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "class_dropout_prob": 0.1 if config.null_class else 0.0,
+        "num_classes": config.num_classes,
+        "learn_sigma": config.learned_variance,
+        "ffn_type": forms[-1][0],
+        "rep": forms[-1][1],
+        "attn_type": "v2" if mixer.cosine else None,
+        "posemb_type": None if mixer.position == "none" else "rope2d",
+        "downsampler": mixer.downsampler,
+        "down_shortcut": int(mixer.shortcut),
+    }
+
+
 UDIT = Source(
     name="YuchuanTian/U-DiT",
     kind=UDiTConfig.kind,
@@ -153,4 +180,5 @@ UDIT = Source(
         "down_shortcut": 1,
     },
     unreleased=_unreleased,
+    released=_released,
 )
