@@ -127,7 +127,7 @@ def opcodes(*parts):
 
 
 def payloads(folder, canary):
-    """At least 25 ways to have something done, all of which would leave the canary behind."""
+    """At least 25 ways to ask for code, most of which would leave the canary behind; some only import or construct."""
     import builtins
     import functools
     import importlib
