@@ -13,21 +13,23 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WHOLE_TOKENS = 1024  # up to here the sequence is one chunk, read once; longer ones are read twice
 CHUNK_TOKENS = 128
+INSTALLED = find_spec("triton") is not None  # looked up once, because a compiler cannot trace it; imports nothing
 TILE = 8192  # numbers of one tensor that a program holds at a time
 
 
 def triton_refusal(args: tuple[Tensor, ...]) -> str:
     """Why the kernels cannot take these inputs; "" = they can."""
     _, _, key, value = args
-    if found := sorted({str(x.device.type) for x in args} - {"cuda"}):
-        return f"it is for CUDA, got {' and '.join(found)}"
-    if found := sorted({str(x.dtype) for x in args if x.dtype not in DTYPES}):
-        return f"it takes float32, bfloat16 and float16, got {' and '.join(found)}"
+    for x in args:
+        if x.device.type != "cuda":
+            return f"it is for CUDA, got {x.device.type}"
+        if x.dtype not in DTYPES:
+            return f"it takes float32, bfloat16 and float16, got {x.dtype}"
     if key.dtype != value.dtype:
         return f"key and value must have one dtype, got {key.dtype} and {value.dtype}"
     if not key.numel():
         return f"there is nothing to do for a key of shape {tuple(key.shape)}"
-    if find_spec("triton") is None:
+    if not INSTALLED:
         return "triton, which compiles its kernels for CUDA, is not installed: pip install triton"
     return ""
 
