@@ -11,7 +11,7 @@ export GOMP_SPINCOUNT ?= 20000
 .PHONY: help setup demo test lint gpu clean
 
 help:
-	@echo "make demo   train a small DiT on the shipped emoji (about 10 minutes on 2 cores) and write a page about it"
+	@echo "make demo   train the four backbones on the shipped emoji (under 20 minutes on 2 cores), and a page that compares them"
 	@echo "make test   run all tests"
 	@echo "make lint   layering, style and types"
 	@echo "make gpu    CUDA tests and benchmarks; says so and stops where there is no GPU"

@@ -1,4 +1,4 @@
-"""Fail unless a demo's validation loss is below a line and its page is whole: `check_demo.py RUN constant|linear`."""
+"""Fail unless every network of a demo is below a line and its page is whole: `check_demo.py RUN constant|linear`."""
 
 import json
 import sys
@@ -7,8 +7,12 @@ from pathlib import Path
 run, line = Path(sys.argv[1]), sys.argv[2]
 result = json.loads((run / "result.json").read_text())
 page = (run / "index.html").read_text(encoding="utf-8")
-print(f"validation {result['validation']:.4f}, {line} {result[line]:.4f}")
-if not result["validation"] < result[line]:
-    sys.exit(f"the network is not better than the {line} denoiser on the same triples")
+for kind, row in result["networks"].items():
+    print(f"{kind}: validation {row['validation']:.4f}, {line} {result[line]:.4f}")
+if not all(row["validation"] < result[line] for row in result["networks"].values()):
+    sys.exit(f"a network is not better than the {line} denoiser on the same triples")
+macs = [row["macs"] for row in result["networks"].values()]
+if len(macs) != 4 or max(macs) > 1.05 * min(macs):
+    sys.exit(f"expected four networks of equal multiply-adds within 5 %, got {macs}")
 if page.count("data:image/png") < 20 or "http://" in page or "https://" in page or not page.endswith("</html>\n"):
     sys.exit("index.html lacks pictures, or is not self-contained")

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     device = prepare(options)
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(recipe(Path(folder), seed=0), steps=options.steps, precision=options.precision[0])
+        config = replace(recipe("dit", Path(folder), seed=0), steps=options.steps, precision=options.precision[0])
         run, model = prepare_run(replace(config, device=str(device)))
         assert run.triples is not None
         state = new_state(run, model)

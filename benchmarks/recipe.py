@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.record import Recorder, add_common_options, positive, prepare, table
+from smalti.models import BACKBONES
 from smalti.training.baselines import baselines, image_moments
 from smalti.training.config import RunConfig
 from smalti.training.loop import train_steps
@@ -25,6 +26,12 @@ def variants(base: RunConfig) -> dict[str, RunConfig]:
     def rate(value: float) -> RunConfig:
         return replace(base, optimizer=replace(base.optimizer, learning_rate=value))
 
+    # What depth and width mean differs from network to network; DiT's were varied.
+    shapes = {
+        "two blocks more": replace(base, override=("depth=8",)),
+        "wider, 384": replace(base, override=("hidden_size=384", "num_heads=6")),
+    }
+    shapes = shapes if base.model.startswith("dit") else {}
     x0 = replace(base.objective, prediction="x0")
     return {
         "the recipe": base,
@@ -34,15 +41,14 @@ def variants(base: RunConfig) -> dict[str, RunConfig]:
         "half the learning rate": rate(base.optimizer.learning_rate / 2),
         "twice the learning rate": rate(base.optimizer.learning_rate * 2),
         "batch twice as large": replace(base, batch_size=base.batch_size * 2, steps=base.steps // 2),
-        "two blocks more": replace(base, override=("depth=8",)),
-        "wider, 384": replace(base, override=("hidden_size=384", "num_heads=6")),
-    }
+    } | shapes
 
 
 def main(arguments: list[str]) -> int:
     """Train every variant (or those named) and print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks recipe", description=__doc__)
     parser.add_argument("--steps", type=positive, default=400, help="of the recipe's batch size (default 400)")
+    parser.add_argument("--network", choices=BACKBONES, default="dit", help="which of the demo's (default dit)")
     parser.add_argument("--only", nargs="+", help="names of variants, as printed")
     add_common_options(parser)
     options = parser.parse_args(arguments)
@@ -50,7 +56,10 @@ def main(arguments: list[str]) -> int:
     recorder = Recorder("recipe", device, options.out)
     with tempfile.TemporaryDirectory() as folder:
         base = replace(
-            recipe(Path(folder), seed=0), steps=options.steps, precision=options.precision[0], device=str(device)
+            recipe(options.network, Path(folder), seed=0),
+            steps=options.steps,
+            precision=options.precision[0],
+            device=str(device),
         )
         for name, config in variants(base).items():
             if options.only and name not in options.only:

@@ -69,7 +69,11 @@ class ParameterCount:
 
 
 def count_macs(
-    model: nn.Module | BackboneConfig, *, sample_size: tuple[int, int] | None = None, fused: bool = False
+    model: nn.Module | BackboneConfig,
+    *,
+    sample_size: tuple[int, int] | None = None,
+    fused: bool = False,
+    batch_size: int = 1,
 ) -> MacCount:
     """Multiply-adds of one forward of one image: matrix products, convolutions and ops, nothing elementwise.
 
@@ -80,6 +84,8 @@ def count_macs(
         model: a backbone, on any device, or the config of one. It is left as it is.
         sample_size: rows and columns of the latents; None = those that the network is made for.
         fused: count the inference form of a network that has one.
+        batch_size: images in the batch. What is done once for all of them, as the kernels of state spaces and the
+            merging of parallel convolutions, is shared out evenly.
 
     Raises:
         ValueError: the network refuses latents of this size.
@@ -93,9 +99,10 @@ def count_macs(
     flops, tracker = FlopCounterMode(display=False), ModuleTracker()
     ops = _OpCounter(flops, tracker)
     with torch.no_grad(), tracker, flops:
-        try_forward(network, weights_on_meta(network), config, sample_size, ops)
+        try_forward(network, weights_on_meta(network), config, sample_size, ops, batch_size=batch_size)
     root = type(network).__name__
     counted = [*_products(flops, root), *((_inside(path, root), kind, n) for path, kind, n in ops.counted)]
+    counted = [(path, kind, n // batch_size) for path, kind, n in counted]
     blocks = _block_paths(network)
     by_part = _sum((_part(network, path, blocks), n) for path, _, n in counted)
     by_kind = _sum((kind, n) for _, kind, n in counted)

@@ -31,16 +31,18 @@ def try_forward(
     config: BackboneConfig,
     sample_size: tuple[int, int] | None,
     watcher: Callable[[Op, tuple[Tensor, ...], dict[str, Any]], Tensor],
+    *,
+    batch_size: int = 1,
 ) -> Tensor:
-    """One image of `sample_size` (None = that of the config) through the network, ops going to `watcher`.
+    """Images of `sample_size` (None = that of the config) through the network, ops going to `watcher`.
 
     Raises:
         ValueError: the network refuses latents of this size.
     """
     rows, columns = config.sample_size if sample_size is None else sample_size
     with torch.device("meta"), watch(watcher):
-        latents, timesteps = torch.empty(1, config.in_channels, rows, columns), torch.empty(1)
-        labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
+        latents, timesteps = torch.empty(batch_size, config.in_channels, rows, columns), torch.empty(batch_size)
+        labels = torch.empty(batch_size, dtype=torch.int64) if config.num_classes else None
         return functional_call(network, weights, (latents, timesteps, labels))
 
 

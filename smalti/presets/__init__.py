@@ -13,10 +13,11 @@ from smalti.models import BackboneConfig, build_backbone
 from smalti.presets.diffussm import DIFFUSSM
 from smalti.presets.dit import DIT
 from smalti.presets.drwkv import DRWKV
+from smalti.presets.emoji import EMOJI
 from smalti.presets.preset import Preset
 from smalti.presets.udit import UDIT
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT, *DIFFUSSM, *DRWKV, *UDIT)}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*DIT, *DIFFUSSM, *DRWKV, *UDIT, *EMOJI)}
 
 
 def find_preset(name: str) -> Preset:

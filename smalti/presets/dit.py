@@ -1,4 +1,4 @@
-"""DiT: the twelve sizes of the paper, XL/2 with the three other conditionings and at 512, and a small one of ours.
+"""DiT: the twelve sizes of the paper, and XL/2 with the three other conditionings and at 512.
 
 Source: Peebles & Xie 2023, arXiv:2212.09748, tables 1 and 4 and figure 5; totals counted on the released classes.
 """
@@ -66,18 +66,4 @@ DIT: tuple[Preset, ...] = (
     _variant("in_context", "in-context", 449, 119.37),
     _variant("cross_attention", "cross-attention", 598, 137.62),
     _variant("adaln", "adaln", 600, 118.56),
-    Preset(
-        "dit-emoji32",
-        "DiT for emoji32",
-        DiTConfig(
-            hidden_size=256,
-            depth=6,
-            mixer=AttentionConfig(num_heads=4),
-            patch_size=4,
-            in_channels=3,
-            num_classes=9,
-            learned_variance=False,
-        ),
-        "ours: 32x32 pixels, minutes on two CPU cores",
-    ),
 )

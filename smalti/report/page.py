@@ -1,4 +1,4 @@
-"""The page of a run: one self-contained HTML file, readable without a network, a script or a server."""
+"""The page of a comparison: one self-contained HTML file, readable without a network, a script or a server."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,9 @@ from torch import Tensor
 from smalti.report.charts import Series, line_chart
 from smalti.report.images import data_url, grid
 
-PAIRS = 6
 _STYLE = Path(__file__).with_name("page.css")
-
-
-@dataclass(frozen=True, eq=False)
-class ClassRow:
-    """Samples of one class, and the nearest training image of each."""
-
-    name: str
-    samples: Float[Tensor, "N 3 H W"]
-    nearest: Float[Tensor, "N 3 H W"]
+# Told apart by most colour-blind readers, and dark enough on white.
+COLOURS = ("#2563eb", "#d9480f", "#0f9d77", "#a21caf", "#64748b", "#b45309")
 
 
 @dataclass(frozen=True)
@@ -43,54 +35,84 @@ class Nearness:
 
 
 @dataclass(frozen=True, eq=False)
-class RunPage:
+class NetworkRun:
+    """One network of the comparison.
+
+    Args:
+        samples: of each class in turn, the same seeds for every network.
+        nearest: the training image that is nearest to each sample.
+        validation: (step, loss). strata: the last loss per eighth of the noise range.
+        cost: (what, value) in the order of the table's columns, the same for all networks.
+    """
+
+    name: str
+    samples: Sequence[Float[Tensor, "N 3 H W"]]
+    nearest: Sequence[Float[Tensor, "N 3 H W"]]
+    snapshots: Sequence[Snapshot]
+    validation: Sequence[tuple[float, float]]
+    strata: Sequence[float]
+    cost: Sequence[tuple[str, str]]
+    nearness: Nearness
+
+
+@dataclass(frozen=True, eq=False)
+class ComparisonPage:
     """Everything the page shows.
 
     Args:
+        verdict: one sentence a paragraph.
         facts: (number, what it is).
-        training, validation: (step, loss).
         constant, linear: losses of the mean-image and the best linear denoiser; in all, and per eighth of the noise.
         settings: (name, value).
     """
 
     title: str
     lead: str
-    verdict: str
+    verdict: Sequence[str]
     facts: Sequence[tuple[str, str]]
-    rows: Sequence[ClassRow]
-    snapshots: Sequence[Snapshot]
-    training: Sequence[tuple[float, float]]
-    validation: Sequence[tuple[float, float]]
+    class_names: Sequence[str]
+    networks: Sequence[NetworkRun]
     constant: float
     linear: float
-    strata: Sequence[float]
     constant_strata: Sequence[float]
     linear_strata: Sequence[float]
-    nearness: Nearness
     settings: Sequence[tuple[str, str]]
 
 
-def render(page: RunPage) -> str:
-    """The page as one HTML text."""
+def render(page: ComparisonPage) -> str:
+    """The page as one HTML text.
+
+    Raises:
+        ValueError: there is no network, or more than there are colours.
+    """
+    if not 1 <= len(page.networks) <= len(COLOURS):
+        raise ValueError(f"a comparison shows 1 to {len(COLOURS)} networks, got {len(page.networks)}")
     facts = "".join(f"<div><b>{escape(number)}</b><span>{escape(what)}</span></div>" for number, what in page.facts)
+    verdict = "".join(f"<p><b>{escape(sentence)}</b></p>" for sentence in page.verdict)
     body = [
         f"<h1>{escape(page.title)}</h1><p class='soft'>{escape(page.lead)}</p>",
-        f"<p><b>{escape(page.verdict)}</b></p><div class='facts'>{facts}</div>",
+        f"{verdict}<div class='facts'>{facts}</div>",
         _section(
-            "Samples, by class",
-            "Drawn from the averaged (EMA) weights. Nothing was picked: seeds in order.",
+            "Samples, side by side",
+            "Drawn from the averaged (EMA) weights. Nothing was picked: the same seeds and start noise in every "
+            "column, in order.",
             _samples(page),
         ),
-        _section("What it learned, and when", "The same seeds at several moments of the run.", _snapshots(page)),
         _section(
             "Loss",
-            "Validation: held-out images, with noise and levels fixed for the whole run, unweighted as are the dashed "
-            "lines. A network above the linear line has only learned a filter. Training weighs its levels, so that its "
-            "curve shows progress and is not to be compared with the others.",
+            "Held-out images, with noise and levels fixed and the same for all, unweighted as are the dashed lines. A "
+            "network above the linear line has only learned a filter.",
             _charts(page),
         ),
-        _section("Learned or remembered?", _nearness_text(page.nearness), _neighbours(page)),
-        _section("Settings", "", _table(page.settings)),
+        _section(
+            "Cost",
+            "Multiply-adds are those of one forward pass per image of a batch, scans and Fourier transforms included; "
+            "they are what was made equal. Seconds and memory are of a training step, measured on this machine.",
+            _cost(page),
+        ),
+        _section("What they learned, and when", "The same seeds at several moments of each run.", _snapshots(page)),
+        _section("Learned or remembered?", _nearness_text(page), _neighbours(page)),
+        _section("Settings", "", _settings(page.settings)),
     ]
     head = [
         "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
@@ -112,41 +134,44 @@ def _strip(images: Float[Tensor, "N 3 H W"], alt: str, *, size: int) -> str:
     return f"<img src='{data_url(sheet)}' width='{sheet.width * scale}' alt='{escape(alt)}'>"
 
 
-def _samples(page: RunPage) -> str:
-    return "".join(_row(row.name, _strip(row.samples, f"samples of {row.name}", size=96)) for row in page.rows)
+def _samples(page: ComparisonPage) -> str:
+    columns = f"style='grid-template-columns: 130px repeat({len(page.networks)}, 1fr)'"
+    cells = ["<span></span>", *(f"<b>{_dot(k)}{escape(n.name)}</b>" for k, n in enumerate(page.networks))]
+    for row, name in enumerate(page.class_names):
+        cells.append(f"<span>{escape(name)}</span>")
+        cells += [_strip(n.samples[row], f"{n.name}: samples of {name}", size=64) for n in page.networks]
+    return f"<div class='matrix' {columns}>{''.join(cells)}</div>"
 
 
-def _row(name: str, content: str) -> str:
-    return f"<div class='row'><span>{escape(name)}</span>{content}</div>"
+def _dot(k: int) -> str:
+    return f"<i class='dot' style='background:{COLOURS[k]}'></i>"
 
 
-def _snapshots(page: RunPage) -> str:
-    figures = (
-        f"<figure><img src='{s.url}' alt='{escape(s.caption)}'><figcaption>{escape(s.caption)}</figcaption></figure>"
-        for s in page.snapshots
+def _charts(page: ComparisonPage) -> str:
+    losses = [y for n in page.networks for _, y in n.validation]
+    ends = (
+        min(x for n in page.networks for x, _ in n.validation),
+        max(x for n in page.networks for x, _ in n.validation),
     )
-    return f"<div class='panels'>{''.join(figures)}</div>"
-
-
-def _charts(page: RunPage) -> str:
-    ends = (page.validation[0][0], page.validation[-1][0])
     # The mean image's loss can lie orders of magnitude above everything else, where it would flatten the picture.
-    show_constant = page.constant < 10 * max(y for _, y in page.validation)
+    show_constant = page.constant < 10 * max(losses)
     by_step = line_chart(
         [
-            Series("training, as weighted", page.training, "#9bb0cc"),
-            Series("validation", page.validation, "#2563eb", markers=True),
+            *(Series(n.name, n.validation, COLOURS[k], markers=True) for k, n in enumerate(page.networks)),
             Series("best linear denoiser", [(x, page.linear) for x in ends], "#d97706", dashed=True),
             Series("mean image", [(x, page.constant) for x in ends] if show_constant else [], "#9ca3af", dashed=True),
         ],
         x_label="step",
-        y_label="loss",
+        y_label="validation loss",
     )
-    eighths = range(len(page.strata))
+    eighths = range(len(page.linear_strata))
     show_constant = max(page.constant_strata) < 30 * max(page.linear_strata)
     by_noise = line_chart(
         [
-            Series("network", list(zip(eighths, page.strata, strict=True)), "#2563eb", markers=True),
+            *(
+                Series(n.name, list(zip(eighths, n.strata, strict=True)), COLOURS[k], markers=True)
+                for k, n in enumerate(page.networks)
+            ),
             Series("best linear denoiser", list(zip(eighths, page.linear_strata, strict=True)), "#d97706", dashed=True),
             Series(
                 "mean image",
@@ -162,26 +187,57 @@ def _charts(page: RunPage) -> str:
     return f"<div class='charts'><div>{by_step}</div><div>{by_noise}</div></div>"
 
 
-def _nearness_text(n: Nearness) -> str:
+def _cost(page: ComparisonPage) -> str:
+    head = "".join(f"<th>{escape(what)}</th>" for what, _ in page.networks[0].cost)
+    rows = "".join(
+        f"<tr><th>{_dot(k)}{escape(n.name)}</th>{''.join(f'<td>{escape(value)}</td>' for _, value in n.cost)}</tr>"
+        for k, n in enumerate(page.networks)
+    )
+    return f"<div class='wide'><table><tr><th>network</th>{head}</tr>{rows}</table></div>"
+
+
+def _snapshots(page: ComparisonPage) -> str:
+    rows = []
+    for n in page.networks:
+        figures = "".join(_figure(snapshot) for snapshot in n.snapshots)
+        rows.append(_row(n.name, f"<div class='panels'>{figures}</div>"))
+    return "".join(rows)
+
+
+def _figure(snapshot: Snapshot) -> str:
+    caption = escape(snapshot.caption)
+    return f"<figure><img src='{snapshot.url}' alt='{caption}'><figcaption>{caption}</figcaption></figure>"
+
+
+def _row(name: str, content: str) -> str:
+    return f"<div class='row'><span>{escape(name)}</span>{content}</div>"
+
+
+def _nearness_text(page: ComparisonPage) -> str:
+    each = "; ".join(
+        f"{n.name} {n.nearness.samples:.1f}, and {n.nearness.copies} of {n.nearness.count} samples nearer than nine in "
+        "ten held-out images, which may be copies"
+        for n in page.networks
+    )
     return (
-        f"Left of each pair a sample, right the training image nearest to it. Median distance to the nearest training "
-        f"image, in grey levels per pixel: samples {n.samples:.1f}, held-out real images {n.held_out:.1f}. "
-        f"{n.copies} of {n.count} samples lie nearer than nine in ten held-out images do, and may be copies."
+        "Left of each pair a sample, right the training image nearest to it, one pair a class. Median distance to the "
+        f"nearest training image, in grey levels per pixel: held-out real images "
+        f"{page.networks[0].nearness.held_out:.1f}; {each}."
     )
 
 
-def _neighbours(page: RunPage) -> str:
-    return "".join(_row(row.name, f"<div class='panels'>{_pairs(row)}</div>") for row in page.rows)
+def _neighbours(page: ComparisonPage) -> str:
+    return "".join(_row(n.name, f"<div class='panels'>{_pairs(n)}</div>") for n in page.networks)
 
 
-def _pairs(row: ClassRow) -> str:
+def _pairs(network: NetworkRun) -> str:
     pairs = []
-    for sample, near in zip(row.samples[:PAIRS], row.nearest[:PAIRS], strict=True):
-        images = _strip(sample[None], "sample", size=64) + _strip(near[None], "nearest training image", size=64)
+    for samples, nearest in zip(network.samples, network.nearest, strict=True):
+        images = _strip(samples[:1], "sample", size=64) + _strip(nearest[:1], "nearest training image", size=64)
         pairs.append(f"<div class='pair'>{images}</div>")
     return "".join(pairs)
 
 
-def _table(settings: Sequence[tuple[str, str]]) -> str:
+def _settings(settings: Sequence[tuple[str, str]]) -> str:
     rows = (f"<tr><th>{escape(name)}</th><td><code>{escape(value)}</code></td></tr>" for name, value in settings)
     return f"<table>{''.join(rows)}</table>"

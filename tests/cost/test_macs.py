@@ -12,7 +12,7 @@ from smalti.cost import macs as macs_module
 from smalti.models import BackboneConfig, DiTConfig, build_backbone
 from smalti.nn.mixers import MIXERS, AttentionConfig
 from smalti.ops import OPS, Op, attention
-from smalti.presets import create_model
+from smalti.presets import create_model, find_preset
 from smalti.presets.swap import swap_mixer
 
 KINDS = {"linear", "conv", "attention", "scan", "fft", "kernel"}
@@ -274,7 +274,7 @@ def test_a_mixer_changes_nothing_but_its_own_part(kind):
     assert set(swapped.by_kind) <= KINDS
 
 
-@pytest.mark.parametrize("kind", set(MIXERS) - {"attention", "downsampled_attention"})
+@pytest.mark.parametrize("kind", sorted(set(MIXERS) - {"attention", "downsampled_attention"}))
 def test_a_linear_mixer_costs_the_same_per_token_at_any_length(kind):
     """Beside a logarithm for transforms; attention's cost per token grows with the number of tokens."""
     config = swap_mixer(TINY, kind)
@@ -300,3 +300,15 @@ def test_the_inference_form_is_counted_where_it_is_asked_for(monkeypatch):
     assert count_macs(model, fused=True).total == 24
     assert count_parameters(model) == ParameterCount(20, 20, 4, {"after": 20})
     assert model.after.out_channels == 5  # left as it was
+
+
+def test_work_done_once_for_a_batch_is_shared_out():
+    config = find_preset("diffussm-emoji32").config
+    one, many = count_macs(config), count_macs(config, batch_size=32)
+    assert many.by_kind["kernel"] == one.by_kind["kernel"] // 32
+    assert {k: n for k, n in many.by_kind.items() if k != "kernel"} == {
+        k: n for k, n in one.by_kind.items() if k != "kernel"
+    }
+    assert many.total == sum(many.by_kind.values()) == sum(many.by_part.values())
+    dit = find_preset("dit-emoji32").config
+    assert count_macs(dit, batch_size=32) == count_macs(dit)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import smalti
+from smalti.cost.macs import count_macs
 from smalti.errors import ConfigError
-from smalti.models import DiT
+from smalti.models import BACKBONES, DiT
 from smalti.nn.mixers import AttentionConfig
 from smalti.presets import PRESETS, create_model, find_preset, list_models, parse_overrides, preset_config
 
@@ -214,6 +215,7 @@ def test_the_public_names_are_those_that_are_promised():
         "__version__",
         "create_model",
         "from_official",
+        "from_pretrained",
         "list_models",
         "load_model",
         "save_model",
@@ -252,3 +254,14 @@ def test_a_preset_is_data_only():
     assert names == {"name", "title", "config", "source", "published"}
     for preset in PRESETS.values():
         assert hash(preset) == hash(preset)  # frozen all the way down
+
+
+# --- the demo's networks
+
+
+def test_the_emoji_networks_cost_the_same_within_5_percent_one_of_each_backbone():
+    presets = [preset for name, preset in PRESETS.items() if name.endswith("-emoji32")]
+    assert {preset.config.kind for preset in presets} == set(BACKBONES)
+    assert all(preset.name == f"{preset.config.kind}-emoji32" for preset in presets)
+    macs = [count_macs(preset.config, batch_size=32).total for preset in presets]
+    assert max(macs) <= 1.05 * min(macs)

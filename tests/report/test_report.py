@@ -12,7 +12,7 @@ from PIL import Image
 from smalti.errors import StorageError
 from smalti.report.charts import HEIGHT, WIDTH, Series, line_chart
 from smalti.report.images import data_url, grid, save_grid, save_image, to_pil
-from smalti.report.page import ClassRow, Nearness, RunPage, Snapshot, render
+from smalti.report.page import ComparisonPage, Nearness, NetworkRun, Snapshot, render
 
 # --- charts
 
@@ -197,26 +197,36 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
+def network(name, shift=0.0, **changes):
+    images = torch.linspace(-1, 1, 2 * 4 * 3 * 8 * 8).view(2, 4, 3, 8, 8) + shift
+    values = {
+        "name": name,
+        "samples": list(images),
+        "nearest": [images[0].flip(0), images[1]],
+        "snapshots": [Snapshot("step 10", data_url(to_pil(images[0, 0])))],
+        "validation": [(10, 0.9 + shift), (20, 0.6 + shift)],
+        "strata": [0.1 * (k + 1) for k in range(8)],
+        "cost": [("parameters", "1.5 M"), ("memory", "<12> MB")],
+        "nearness": Nearness(samples=20.25, held_out=31.5, copies=2, count=8),
+    }
+    return NetworkRun(**values | changes)
+
+
 def page(**changes):
-    images = torch.linspace(-1, 1, 4 * 3 * 8 * 8).view(4, 3, 8, 8)
     values = {
         "title": "Title & <more>",
         "lead": "Lead",
-        "verdict": "Below the line",
+        "verdict": ["Below the line", "One seed"],
         "facts": [("3 min", "of training"), ("<9>", "steps")],
-        "rows": [ClassRow("Cats & <dogs>", images, images.flip(0)), ClassRow("Birds", images, images)],
-        "snapshots": [Snapshot("step 10", data_url(to_pil(images[0])))],
-        "training": [(10, 1.0), (20, 0.5)],
-        "validation": [(10, 0.9), (20, 0.6)],
+        "class_names": ["Cats & <dogs>", "Birds"],
+        "networks": [network("Net <A>"), network("Net B", 0.1)],
         "constant": 1.5,
         "linear": 0.7,
-        "strata": [0.1 * (k + 1) for k in range(8)],
         "constant_strata": [1.5] * 8,
         "linear_strata": [0.7] * 8,
-        "nearness": Nearness(samples=20.25, held_out=31.5, copies=2, count=8),
         "settings": [("optimizer", '{"betas": [0.9, 0.99]}'), ("network", "<net>")],
     }
-    return RunPage(**values | changes)
+    return ComparisonPage(**values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -237,35 +247,60 @@ def test_the_page_is_well_formed_and_stands_alone(html):
 
 
 def test_every_section_is_there_with_its_content(html):
-    for title in ("Samples, by class", "What it learned, and when", "Loss", "Learned or remembered?", "Settings"):
+    titles = ("Samples, side by side", "Loss", "Cost", "What they learned, and when", "Learned or remembered?")
+    for title in (*titles, "Settings"):
         assert f"<h2>{title}</h2>" in html
-    for said in ("Below the line", "3 min", "step 10", "best linear denoiser", "mean image", "Birds", "of 8 samples"):
+    for said in (
+        "Below the line",
+        "One seed",
+        "3 min",
+        "step 10",
+        "best linear denoiser",
+        "mean image",
+        "of 8 samples",
+    ):
         assert said in html
-    assert "samples 20.2, held-out real images 31.5" in html
+    for name in ("Net &lt;A&gt;", "Net B"):
+        assert f"alt='{name}: samples of Birds'" in html
+        assert f"</i>{name}</th><td>1.5 M</td>" in html
+    assert "held-out real images 31.5; Net &lt;A&gt; 20.2" in html
     assert html.count("<svg") == 2
-    assert html.count("class='pair'") == 2 * 4
+    assert html.count("class='pair'") == 2 * 2  # one a class and network
+
+
+def test_each_network_has_one_colour_everywhere(html):
+    first, second = re.findall(r"class='dot' style='background:(#\w+)'", html)[:2]
+    assert first != second
+    assert html.count(f"solid {first}") == html.count(f"solid {second}") == 2  # the legends of both charts
+    assert html.count(f"background:{first}") == html.count(f"background:{second}") == 2  # samples and cost
 
 
 def test_what_is_shown_cannot_become_markup(html):
-    for raw in ("<more>", "<dogs>", "<9>", "<net>"):
+    for raw in ("<more>", "<dogs>", "<9>", "<net>", "<A>", "<12>"):
         assert raw not in html
     for safe in ("Title &amp; &lt;more&gt;", "Cats &amp; &lt;dogs&gt;", "&lt;9&gt;", "&lt;net&gt;", "[0.9, 0.99]"):
         assert safe in html
 
 
 def test_the_nearest_training_image_stands_right_of_its_sample(html):
-    images = page().rows[0]
-    for sample, near in zip(images.samples, images.nearest, strict=True):
-        left, right = (data_url(grid(t[None], columns=1)) for t in (sample, near))
+    shown = page().networks[0]
+    for samples, nearest in zip(shown.samples, shown.nearest, strict=True):
+        left, right = (data_url(grid(t[:1], columns=1)) for t in (samples, nearest))
         assert re.search(re.escape(left) + r"'[^>]*><img src='" + re.escape(right), html)
 
 
 def test_lines_far_above_everything_else_do_not_flatten_the_charts():
     far = render(page(constant=50.0, constant_strata=[50.0] * 8))
-    assert "mean image" not in far
+    assert "mean image" not in re.sub(r"<p.*?</p>", "", far)
     assert "best linear denoiser" in far
 
 
 def test_a_loss_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="finite"):
-        render(page(training=[(10, math.nan)]))
+        render(page(networks=[network("a", validation=[(10, math.nan)])]))
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_no_network_and_more_than_there_are_colours_are_refused(count):
+    with pytest.raises(ValueError, match=f"shows 1 to 6 networks, got {count}"):
+        render(page(networks=[network(str(k)) for k in range(count)]))

@@ -60,24 +60,34 @@ def file_of(module):
 
 
 def imports_of(path):
-    """Files that a file's module-level imports name; imports inside functions are not on the reader's way."""
-    found = set()
+    """(file, names taken from it) of module-level imports; those inside functions are off the reader's way."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
-            found |= {file_of(alias.name) for alias in node.names}
+            yield from ((file_of(alias.name), set()) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found |= {file_of(f"{node.module}.{alias.name}") or file_of(node.module) for alias in node.names}
-    return found - {None}
+            for alias in node.names:
+                module = file_of(f"{node.module}.{alias.name}")
+                yield (module, set()) if module else (file_of(node.module), {alias.name})
 
 
 def reached_from(path):
-    reached, todo = set(), [path]
+    """Files on the way down. The way through a table (`__init__.py`) leads to the entries asked for, not to all.
+
+    An op is read by its reference, which is its definition; its twins are held against that by tests.
+    """
+    reached, todo = set(), [(path, set())]
     while todo:
-        current = todo.pop()
-        if current not in reached:
-            reached.add(current)
-            todo += imports_of(current)
-    return reached
+        current, names = todo.pop()
+        if current is None or (current, frozenset(names)) in reached:
+            continue
+        reached.add((current, frozenset(names)))
+        steps = list(imports_of(current))
+        if current.with_name("reference.py").exists():
+            steps = [(file, taken) for file, taken in steps if file and file.name in ("reference.py", "dispatch.py")]
+        elif current.name == "__init__.py":
+            steps = [(file, taken) for file, taken in steps if taken & names]
+        todo += steps
+    return {file for file, _ in reached}
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

@@ -161,6 +161,7 @@ def everything_changed(tmp_path):
         batch_size=9,
         micro_batch=4,
         precision="bf16",
+        stochastic_depth=0.1,
         ema_decay=0.5,
         seed=7,
         device="cpu",
@@ -242,6 +243,7 @@ CHANGES = {
     "optimizer": OptimizerConfig(learning_rate=2e-4),
     "batch_size": 16,
     "seed": 1,
+    "stochastic_depth": 0.1,
     "ema_decay": None,
 }
 
