@@ -216,6 +216,7 @@ def test_the_public_names_are_those_that_are_promised():
         "create_model",
         "from_official",
         "from_pretrained",
+        "from_pretrained",
         "list_models",
         "load_model",
         "save_model",
