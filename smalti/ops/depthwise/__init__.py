@@ -5,13 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from smalti.ops.depthwise.c import depthwise_c, refuses_c
 from smalti.ops.depthwise.conv import depthwise_conv
 from smalti.ops.depthwise.reference import depthwise_reference
 from smalti.ops.dispatch import Op
 
 
 def _refuses(impl: str, args: tuple[Tensor, ...]) -> str:
-    return ""
+    return refuses_c(*args) if impl == "c" else ""
 
 
 def _example(
@@ -27,4 +28,6 @@ def _macs(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, int]:
     return {"conv": x.numel() * weight.shape[-2:].numel()}
 
 
-depthwise = Op("depthwise", depthwise_reference, {"conv": depthwise_conv}, _refuses, _example, _macs, batched=(0,))
+_FAST = {"c": depthwise_c, "conv": depthwise_conv}
+
+depthwise = Op("depthwise", depthwise_reference, _FAST, _refuses, _example, _macs, batched=(0,))
