@@ -1,53 +1,44 @@
-"""Any preset: parameters, GMACs, forward and training step as multiples of the machine's own floor, peak memory.
+"""Every backbone in one run: forward and training step as multiples of the machine's own floor, peak memory.
 
 A floor is the multiply-adds of the work divided by the rate of a large matrix product, measured in turns with it. The
-forward counts once, a training step (forward, backward, optimizer, average of the weights) three times.
+forward counts once and runs the inference form; a training step (forward, backward, optimizer, average of the weights)
+counts three times.
 """
 
 import argparse
 import sys
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.record import DTYPES, Recorder, add_common_options, positive, prepare, table
-from smalti import streams
-from smalti.cost import (
-    Gemm,
-    clock_name,
-    count_macs,
-    count_parameters,
-    measure_interleaved,
-    peak_memory,
-    peak_memory_refusal,
-)
-from smalti.diffusion import LevelBatch, ObjectiveConfig, build_schedule
-from smalti.models import BackboneConfig, build_backbone
+from benchmarks.record import Recorder, add_common_options, positive, prepare, table
+from smalti.cost import clock_name, count_macs, count_parameters, peak_memory_refusal
+from smalti.models import BackboneConfig
 from smalti.presets import parse_overrides, preset_config
-from smalti.training import EMA, RunConfig, TrainState, train_steps
-from smalti.training.batches import BatchSource, TrainBatch
-from smalti.training.loop import autocast
-from smalti.training.optim import build_optimizer
+from smalti.workflows.timed import refusal, time_work
 
-TRAINING_FORWARDS = 3  # the backward pass has two products for each one of the forward
+SMALL = ("dit-s-2", "udit-s", "drwkv-s-2", "diffussm-s")
+PRECISIONS = ("fp32", "bf16", "bf16-weights")
+MODES = ("eager", "compiled", "frozen")
 
 
 def main(arguments: list[str]) -> int:
-    """One JSON line per preset and precision, then the table."""
+    """One JSON line per preset, mode, precision and batch, then the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks model",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Training needs about 20 bytes of memory per parameter beside the activations.",
+        epilog="Training needs about 20 bytes of memory per parameter beside the activations. Compiling takes up to "
+        "minutes for each network, mode, precision and batch.",
     )
-    parser.add_argument("presets", nargs="+", metavar="PRESET", help="as `smalti presets` lists them, e.g. dit-s-2")
+    parser.add_argument("presets", nargs="*", metavar="PRESET", default=SMALL, help=f"default {' '.join(SMALL)}")
     parser.add_argument("--override", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. depth=2 sample_size=64")
-    parser.add_argument("--batch", nargs="+", type=positive, default=[8], help="images at once (default 8)")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8], help="images at once (default 1 8)")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="frozen: inference only")
     parser.add_argument("--only", choices=("forward", "training"), help="leave the other out")
     parser.add_argument("--count", action="store_true", help="count only, time nothing")
-    add_common_options(parser)
+    add_common_options(parser, precisions=PRECISIONS)
     options = parser.parse_args(arguments)
     overrides = parse_overrides(tuple(options.override))
     configs = {name: preset_config(name, **overrides) for name in options.presets}
@@ -55,14 +46,22 @@ def main(arguments: list[str]) -> int:
     recorder = Recorder("model", device, options.out)
     work = ("forward", "training") if options.only is None else (options.only,)
     for name, config in configs.items():
+        head = {"preset": name, "override": options.override, **_counts(config)}
         if options.count:
-            recorder.add(preset=name, override=options.override, **_counts(config))
+            recorder.add(**head)
             continue
-        for batch in options.batch:
+        for mode in options.mode:
             for precision in options.precision:
-                measured = _measure(config, batch, precision, device, work, options.repeats)
-                recorder.add(preset=name, override=options.override, **_counts(config), **measured)
-    sys.stdout.write("\n" + _table(recorder.rows, work))
+                for batch in options.batch:
+                    # A step is timed at the largest batch only: nobody trains on one image.
+                    wanted = [w for w in work if w == "forward" or batch == max(options.batch)]
+                    if wanted := [w for w in wanted if not refusal(precision, mode, w)]:
+                        measured = _measure(config, batch, precision, mode, device, wanted, options.repeats)
+                        recorder.add(**head, **measured)
+    if recorder.rows:
+        sys.stdout.write("\n" + _table(recorder.rows, work))
+    else:
+        sys.stdout.write(f"nothing to time: {refusal(options.precision[0], options.mode[0], work[0])}\n")
     return 0
 
 
@@ -71,91 +70,24 @@ def _counts(config: BackboneConfig) -> dict[str, Any]:
     return {
         "parameters": parameters.total,
         "trained_parameters": parameters.trained,
+        "fused_parameters": parameters.fused,
         "gmacs": macs.total / 1e9,
         "gmacs_by_part": {part: count / 1e9 for part, count in macs.by_part.items()},
+        "gmacs_by_kind": {kind: count / 1e9 for kind, count in macs.by_kind.items()},
         "parameters_by_part": parameters.by_part,
     }
 
 
 def _measure(
-    config: BackboneConfig, batch: int, precision: str, device: torch.device, work: tuple[str, ...], repeats: int
+    config: BackboneConfig, batch: int, precision: str, mode: str, device: torch.device, work: list[str], repeats: int
 ) -> dict[str, Any]:
-    """Times, floors and memory of one preset in one precision."""
-    subject = Subject(config, batch, precision, device)
-    runs = {"forward": subject.forward, "training": subject.training_step}
-    gemms = {f"gemm {name}": Gemm(dtype, device) for name, dtype in DTYPES.items() if name in ("fp32", precision)}
-    result: dict[str, Any] = {"batch": batch, "precision": precision, "clock": clock_name(device), "repeats": repeats}
-    macs = count_macs(config).total * batch
+    """Times, floors and memory of one preset in one mode and precision."""
+    result: dict[str, Any] = {"batch": batch, "precision": precision, "mode": mode}
+    result |= {"clock": clock_name(device), "repeats": repeats, "memory_refusal": peak_memory_refusal(device)}
     for what in work:
-        # Each with the yardstick beside it, so that a machine that slows down slows both.
-        times = measure_interleaved({what: runs[what], **gemms}, device=device, repeats=repeats, warmup=2)
-        seconds = times[what].median
-        result |= {f"{what}_seconds": seconds, f"{what}_fastest": times[what].fastest}
-        for name, gemm in gemms.items():
-            rate = gemm.macs / times[name].median
-            floor = macs * (TRAINING_FORWARDS if what == "training" else 1) / rate
-            kind = name.removeprefix("gemm ")
-            result |= {f"{what}_{kind}_floors": seconds / floor, f"{what}_{kind}_gemm_gmacs_per_second": rate / 1e9}
-        if not peak_memory_refusal(device):
-            memory = peak_memory(runs[what], device)
-            result |= {f"{what}_peak_added_bytes": memory.added, f"{what}_peak_bytes": memory.peak}
-    result["memory_refusal"] = peak_memory_refusal(device)
+        time = time_work(config, what, batch=batch, precision=precision, device=device, mode=mode, repeats=repeats)
+        result |= {f"{what}_{key}": value for key, value in asdict(time).items()}
     return result
-
-
-class FixedBatches(BatchSource):
-    """Always the same batch, so that only the step itself is timed."""
-
-    def __init__(self, batch: TrainBatch) -> None:
-        object.__setattr__(self, "_batch", batch)  # the base is frozen
-        object.__setattr__(self, "objective", ObjectiveConfig())
-
-    def at(self, start: int, count: int) -> TrainBatch:
-        return self._batch
-
-
-class Subject:
-    """A network with inputs, ready to run forward and to train."""
-
-    def __init__(self, config: BackboneConfig, batch: int, precision: str, device: torch.device) -> None:
-        torch.manual_seed(0)
-        self._model = build_backbone(config).to(device)
-        _move_from_zero(self._model)
-        normal = partial(torch.randn, generator=streams.generator(0, streams.NOISE))
-        self._latents = normal(batch, config.in_channels, *config.sample_size)
-        labels = torch.arange(batch) % config.num_classes if config.num_classes else None
-        schedule = build_schedule("linear")
-        levels: LevelBatch = schedule.at((torch.arange(batch) + 0.5) / batch)
-        self._inputs = tuple(
-            None if t is None else t.to(device) for t in (self._latents, levels.timesteps.float(), labels)
-        )
-        eps = normal(self._latents.shape)
-        self._batches = FixedBatches(TrainBatch(self._latents, labels, eps, levels))
-        self._precision, self._batch, self._device = precision, batch, device
-        self._steps: Any = None
-
-    def forward(self) -> Tensor:
-        """As in sampling."""
-        self._model.eval()
-        with torch.no_grad(), autocast(self._device, self._precision):
-            return self._model(*self._inputs)
-
-    def training_step(self) -> object:
-        """One turn of the loop that `smalti train` runs, without reading images."""
-        if self._steps is None:
-            run = RunConfig(steps=10**9, batch_size=self._batch, precision=self._precision)
-            state = TrainState(self._model, EMA(self._model, 0.999), build_optimizer(self._model, run.optimizer))
-            self._steps = train_steps(state, self._batches, run)
-        self._model.train()
-        return next(self._steps)
-
-
-@torch.no_grad()
-def _move_from_zero(model: nn.Module) -> None:
-    """Networks start by saying zero; zeros must not make the timed products cheaper."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            parameter.normal_(std=0.02)
 
 
 def _table(rows: list[dict[str, Any]], work: tuple[str, ...]) -> str:
@@ -163,19 +95,25 @@ def _table(rows: list[dict[str, Any]], work: tuple[str, ...]) -> str:
     lines = [[row["preset"], f"{row['parameters']:,}", f"{row['gmacs']:.3f}"] for row in rows]
     if "batch" not in rows[0]:
         return table(header, lines)
-    header += ["batch", "precision"]
+    header += ["batch", "precision", "mode"]
     for what in work:
         header += [f"{what} ms", "x floor", "x fp32 floor", "peak MiB"]
     for row, line in zip(rows, lines, strict=True):
-        line += [row["batch"], row["precision"]]
+        line += [row["batch"], row["precision"], row["mode"]]
         for what in work:
-            peak = row.get(f"{what}_peak_added_bytes")
-            line += [
-                f"{row[f'{what}_seconds'] * 1e3:.1f}",
-                f"{row[what + '_' + row['precision'] + '_floors']:.2f}",
-                f"{row[f'{what}_fp32_floors']:.2f}",
-                "-" if peak is None else f"{peak / 2**20:.0f}",
-            ]
+            line += _cells(row, what)
     notes = ["x floor: against the matrix rate of the same precision. peak: what the work adds to what was held."]
     notes += sorted({row["memory_refusal"] for row in rows if row["memory_refusal"]})
     return table(header, lines) + "\n".join(notes) + "\n"
+
+
+def _cells(row: dict[str, Any], what: str) -> list[str]:
+    if f"{what}_seconds" not in row:
+        return ["-"] * 4
+    peak = row[f"{what}_peak_added_bytes"]
+    return [
+        f"{row[f'{what}_seconds'] * 1e3:.1f}",
+        f"{row[f'{what}_floors']:.2f}",
+        f"{row[f'{what}_fp32_floors']:.2f}",
+        "-" if peak is None else f"{peak / 2**20:.0f}",
+    ]

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
+def add_common_options(parser: argparse.ArgumentParser, *, precisions: Sequence[str] = tuple(DTYPES)) -> None:
     """Options that every benchmark has."""
-    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["fp32"], help="one or both (default fp32)")
+    parser.add_argument("--precision", nargs="+", choices=precisions, default=["fp32"], help="some (default fp32)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default cpu)")
     parser.add_argument(
         "--threads", type=positive, default=1, help="CPU threads; 1 reads CPU time, more read wall time"

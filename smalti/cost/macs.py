@@ -50,6 +50,10 @@ class MacCount:
         """What the papers' tables count: matrix products, convolutions and attention."""
         return sum(self.by_kind.get(kind, 0) for kind in PUBLISHED_KINDS)
 
+    def of_batch(self, images: int) -> int:
+        """Of one forward of so many images: kernels depend on weights alone and are made once."""
+        return self.total * images - self.by_kind.get("kernel", 0) * (images - 1)
+
 
 @dataclass(frozen=True)
 class ParameterCount:

@@ -185,7 +185,7 @@ def _rate(measuring: Measuring, device: torch.device) -> float:
 
 def _too_much(row: CostRow, work: Work, measuring: Measuring, rate: float, before: CostRow | None) -> str:
     """ "" when one call is foretold to stay inside the limits, else what it would need."""
-    macs = row.macs.total * measuring.batch * (TRAINING_FORWARDS if work == "training" else 1)
+    macs = row.macs.of_batch(measuring.batch) * (TRAINING_FORWARDS if work == "training" else 1)
     floors = before.measured[work].floors if before else SLOW_GUESS
     seconds = macs / rate * floors
     if seconds > measuring.max_seconds:

@@ -156,7 +156,7 @@ def time_work(
     times = measure_interleaved({work: run, **gemms}, device=device, repeats=repeats, warmup=2)
     rates = {name: gemm.macs / times[name].median for name, gemm in gemms.items()}
     own, fp32 = rates[f"gemm {matrix_dtype(precision)}"], rates[f"gemm {torch.float32}"]
-    macs = count_macs(config, fused=True).total * batch * (TRAINING_FORWARDS if work == "training" else 1)
+    macs = count_macs(config, fused=True).of_batch(batch) * (TRAINING_FORWARDS if work == "training" else 1)
     seconds = times[work].median
     peak = peak_memory(run, device) if memory and not peak_memory_refusal(device) else None
     return WorkTime(

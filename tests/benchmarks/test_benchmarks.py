@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from smalti.nn.mixers import MIXERS
 from smalti.ops import OPS, attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,11 +52,12 @@ def test_model_measures_forward_and_training_in_both_precisions(run):
         assert sum(line["gmacs_by_part"].values()) == pytest.approx(line["gmacs"])
         for what, forwards in (("forward", 1), ("training", 3)):
             rate = line[f"{what}_fp32_gemm_gmacs_per_second"]
+            assert line["mode"] == "eager"
             floor = forwards * line["gmacs"] * line["batch"] / rate
             assert line[f"{what}_fp32_floors"] == pytest.approx(line[f"{what}_seconds"] / floor)
             assert line[f"{what}_fp32_floors"] > 0.1
         assert line["training_seconds"] > line["forward_seconds"]
-    assert lines[1]["forward_bf16_floors"] > 0
+    assert lines[1]["forward_floors"] > 0
     printed = text.splitlines()
     assert [json.loads(line) for line in printed[:2]] == lines
     assert "forward ms" in printed[3]
@@ -75,15 +77,95 @@ def test_model_counts_without_timing_and_appends(run):
 
 
 def test_the_training_step_is_that_of_the_training_loop():
-    from benchmarks.model import Subject
     from smalti.presets import parse_overrides, preset_config
+    from smalti.workflows.timed import TimedNetwork
 
     config = preset_config("dit-s-8", **parse_overrides(tuple(TINY[1:])))
-    subject = Subject(config, 2, "fp32", torch.device("cpu"))
+    subject = TimedNetwork(config, 2, "fp32", torch.device("cpu"))
     reports = [subject.training_step() for _ in range(3)]
     assert [report.step for report in reports] == [1, 2, 3]
     assert reports[2].loss < reports[0].loss  # always the same batch
     assert subject.forward().abs().min() > 0
+
+
+def test_model_times_every_backbone_by_default_and_a_step_at_the_largest_batch_only(run, monkeypatch):
+    from benchmarks import model
+
+    monkeypatch.setattr(model, "SMALL", ("dit-s-8", "dit-s-4"))
+    code, lines, text, _ = run(
+        "model", *TINY, "--precision", "bf16-weights", "fp32", "--batch", "1", "2", "--repeats", "1"
+    )
+    assert code == 0
+    assert {line["preset"] for line in lines} == {"dit-s-8", "dit-s-4"}
+    trained = [(line["precision"], line["batch"]) for line in lines if "training_seconds" in line]
+    assert trained == [("fp32", 2)] * 2
+    assert "bf16-weights" in text
+
+
+@pytest.mark.slow
+def test_model_times_a_compiled_and_a_frozen_forward():
+    """In a process of its own: importing the compiler makes torch warn about itself."""
+    arguments = [
+        "dit-s-8",
+        *TINY,
+        "--batch",
+        "1",
+        "--mode",
+        "compiled",
+        "frozen",
+        "--only",
+        "forward",
+        "--repeats",
+        "1",
+    ]
+    command = [sys.executable, "-m", "benchmarks", "model", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["mode"] for line in lines] == ["compiled", "frozen"]
+    assert all(line["forward_seconds"] > 0 for line in lines)
+
+
+def test_model_says_why_there_is_nothing_to_time(run):
+    code, lines, text, _ = run("model", "dit-s-8", *TINY, "--mode", "frozen", "--only", "training")
+    assert (code, lines) == (0, [])
+    assert "nothing to time: frozen weights cannot be trained" in text
+
+
+def test_the_default_presets_are_one_of_each_backbone():
+    from benchmarks.model import SMALL
+    from smalti.models import BACKBONES
+    from smalti.presets import PRESETS
+
+    assert sorted(PRESETS[name].config.kind for name in SMALL) == sorted(BACKBONES)
+
+
+def test_mixers_times_every_mixer_beside_the_fused_kernel(run):
+    code, lines, text, _ = run("mixers", "--tokens", "16", "64", "--hidden-size", "64", "--repeats", "1")
+    assert code == 0
+    for tokens in (16, 64):
+        rows = {(line["mixer"], line["linear_layers"]): line for line in lines if line["tokens"] == tokens}
+        assert set(rows) == {("sdpa", False), *((kind, whole) for kind in MIXERS for whole in (True, False))}
+        sdpa = rows["sdpa", False]
+        for line in rows.values():
+            assert line["times_sdpa"] == pytest.approx(sdpa["seconds"] / line["seconds"])
+    assert "times faster than sdpa" in text
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_mixer_without_linear_layers_does_all_the_rest(kind):
+    from benchmarks.mixers import without_linear_layers
+    from smalti.nn.layers import Grid
+    from smalti.nn.mixers import build_mixer
+    from smalti.presets import preset_config
+    from smalti.presets.swap import swap_mixer
+
+    mixer = build_mixer(swap_mixer(preset_config("dit-s-2", hidden_size=64, num_heads=2), kind).mixer, 64)
+    bare, x = without_linear_layers(mixer), torch.randn(2, 16, 64)
+    with torch.no_grad():
+        assert torch.equal(bare(x, Grid(4, 4)), mixer(x, Grid(4, 4)))
+    assert not any(isinstance(module, torch.nn.Linear) for module in bare.modules())
+    assert any(isinstance(module, torch.nn.Linear) for module in mixer.modules()) or kind == "bi_ssm"
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -125,6 +207,8 @@ def test_ops_does_not_time_what_is_wrong(run, monkeypatch):
     [
         (["modle"], 64, "no benchmark 'modle'; did you mean 'model'?"),
         (["model", "dit-s-3"], 64, "no preset 'dit-s-3'"),
+        (["mixers", "bi_wvk"], 64, "no mixer 'bi_wvk'; did you mean 'bi_wkv'?"),
+        (["mixers", "--tokens", "200"], 64, "tokens 200: expected the square of an even number"),
         (["model", "dit-s-2", "--device", "cuda:99"], 64, "device 'cuda:99' is not on this machine"),
         (["model", "dit-s-2", "--device", "cudda"], 64, "did you mean 'cuda'?"),
     ],

@@ -228,6 +228,7 @@ def test_an_op_counts_by_its_own_rule_where_it_is_called_and_never_by_what_is_in
     assert macs.by_part == {"mixer": 3 * 31, "after": 120}
     assert (macs.total, macs.published) == (213, 120)
     assert calls == [1, 2]  # the reference gives the shape, once for each kind of call
+    assert macs.of_batch(3) == 3 * 213 - 2 * 21  # a kernel is made once
 
 
 def test_an_op_that_counts_nothing_leaves_no_trace():

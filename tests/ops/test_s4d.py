@@ -232,8 +232,8 @@ def test_the_work_is_counted_per_image_and_once_for_the_kernels():
     one, two = (s4d.macs(*s4d.example(1024, torch.float32, batch=b, channels=8, states=32)) for b in (1, 2))
     assert two["fft"] == 2 * one["fft"]
     assert two["kernel"] == one["kernel"]
-    # Two real transforms of 2.5 n log2 n operations and a product of 6 n / 2, two operations to a multiply-add.
-    assert one["fft"] == 8 * (2.5 * 2048 * 11 + 3 * 1025)
+    # Two real transforms of 2.5 n log2 n operations, two to a multiply-add, and a product of four for n / 2 + 1 numbers.
+    assert one["fft"] == 8 * (2.5 * 2048 * 11 + 4 * 1025)
     assert one["kernel"] == 8 * (2 * 2 * 32 * 1024 + 2.5 * 2048 * 11 / 2)
 
 

@@ -66,7 +66,7 @@ def _macs_conv(x: Tensor, forward: Tensor, backward: Tensor, skip: Tensor) -> di
     size = fft_size(x.shape[2])
     transform = round(2.5 * size * math.log2(size)) // 2  # a real transform; two operations are one multiply-add
     rows = x.shape[0] * x.shape[1]
-    product = 3 * (size // 2 + 1)  # of complex numbers, six operations each
+    product = 4 * (size // 2 + 1)  # of complex numbers, four multiply-adds each
     return {"fft": rows * (2 * transform + product), "kernel": x.shape[1] * transform}
 
 
