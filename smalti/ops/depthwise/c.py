@@ -104,7 +104,9 @@ def _run(function: str, x: Tensor, out_dtype: torch.dtype, size: int, *others: T
 def _library() -> ctypes.CDLL:
     library = load_native(SOURCE).library
     if library is None:
-        raise RuntimeError(f"the C twin of the depthwise convolution was called where it refuses to run: {unavailable()}")
+        raise RuntimeError(
+            f"the C twin of the depthwise convolution was called where it refuses to run: {unavailable()}"
+        )
     sizes = [*[ctypes.c_int] * 3, *[ctypes.c_int64] * 4]
     library.depthwise.argtypes = [*sizes, *[ctypes.c_void_p] * 4, ctypes.c_int]
     library.depthwise_back.argtypes = [*sizes, *[ctypes.c_void_p] * 6, ctypes.c_int]
