@@ -17,6 +17,9 @@ from smalti.errors import ConfigError
 T = TypeVar("T")
 
 
+LISTED = 24
+
+
 class Kinds:
     """Base of abstract configs: a choice between several dataclasses, told apart by their `kind`."""
 
@@ -29,10 +32,12 @@ class Kinds:
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known name, else the whole list."""
+    """`; did you mean 'x'?` for the closest known name, else the list; of a long one its beginning."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(known) or 'nothing: none exist'}"
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"; did you mean {close[0]!r}?"
+    more = f", ... ({len(known)} in all)" if len(known) > LISTED else ""
+    return f"; choose from {', '.join(known[:LISTED]) or 'nothing: none exist'}{more}"
 
 
 def to_dict(config: Any) -> Any:

@@ -19,4 +19,5 @@ class Presets:
 
     def run(self) -> None:
         rows = preset_rows(self.pattern)
-        print(as_json(rows) if self.json else as_table(rows))
+        for line in as_json(rows) if self.json else as_table(rows):
+            print(line, flush=True)

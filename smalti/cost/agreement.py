@@ -14,8 +14,8 @@ def disagreement(op: Op, impl: str, args: Sequence[Tensor], *, gradients: bool) 
 
     Both are compared with the reference in float64 on the same inputs, output and gradients each relative to its own
     largest value. On top come one rounding of the result to its dtype, and the rounding of sums kept in float32, which
-    wanders with the root of their length: the longest dimension of the inputs bounds that. A gradient that cancels to nothing is measured
-    against the largest of all.
+    wanders with the root of their length: the longest dimension of the inputs bounds that. A gradient that cancels to
+    nothing is measured against the largest of all.
 
     Args:
         impl: an implementation that does not refuse `args` (as a caller with or without gradients would pass them).

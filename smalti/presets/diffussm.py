@@ -9,7 +9,7 @@ and 1182.4.
 from smalti.models import DiffuSSMConfig
 from smalti.presets.preset import Preset, Published
 
-_OURS = "widths of arXiv:2311.18257 sec. 4; the depth is ours: the paper gives none, so XL's 29"
+_OURS = "arXiv:2311.18257 sec. 4; depth ours"
 
 DIFFUSSM: tuple[Preset, ...] = (
     Preset(

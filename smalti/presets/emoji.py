@@ -11,7 +11,7 @@ from smalti.nn.mixers import AttentionConfig, DownsampledAttentionConfig
 from smalti.presets.preset import Preset
 
 _SHARED: dict[str, Any] = {"in_channels": 3, "num_classes": 9, "learned_variance": False}
-_SOURCE = "ours: 32x32 pixels, minutes on two CPU cores"
+_SOURCE = "ours: minutes on two CPU cores"
 
 EMOJI: tuple[Preset, ...] = (
     Preset(

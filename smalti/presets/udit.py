@@ -29,14 +29,14 @@ def _config(size: str) -> UDiTConfig:
 def _paper(size: str) -> Preset:
     millions, gmacs, _, total, fused = _PUBLISHED[size]
     published = Published(millions, gmacs, total, fused)
-    source = "arXiv:2405.02730, results at 256 pixels"
+    source = "arXiv:2405.02730, 256 pixels"
     return Preset(f"udit-{size.lower()}", f"U-DiT-{size}", _config(size), source, published)
 
 
 def _larger(size: str) -> Preset:
     millions, _, gmacs, total, fused = _PUBLISHED[size]
     config = replace(_config(size), sample_size=(64, 64))
-    source = "arXiv:2405.02730, " + ("results at 512 pixels" if gmacs else "which prints B alone at 512 pixels")
+    source = "arXiv:2405.02730, 512 pixels" if gmacs else "arXiv:2405.02730 has B alone at 512"
     published = Published(millions, gmacs, total, fused)
     return Preset(f"udit-{size.lower()}-512", f"U-DiT-{size} 512", config, source, published)
 
@@ -48,7 +48,7 @@ def _vanilla(size: str) -> Preset:
         f"udit-{size.lower()}-vanilla",
         f"U-DiT-{size} vanilla",
         replace(config, mixer=plain, mlp="basic"),
-        "arXiv:2405.02730, vanilla against full model",
+        "arXiv:2405.02730, vanilla",
         Published(gmacs=_VANILLA[size]),
     )
 
