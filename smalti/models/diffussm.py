@@ -26,10 +26,9 @@ from smalti.nn.conditioning import (
     add_branch,
     build_head_modulation,
     build_modulation,
-    modulate,
 )
 from smalti.nn.embeddings import PatchEmbed, patchify, sincos_2d
-from smalti.nn.layers import Grid, Head, linear, norm
+from smalti.nn.layers import Grid, Head, Norm, linear
 from smalti.nn.mixers import BiSSMConfig, MixerConfig, Place, build_mixer
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
@@ -202,7 +201,7 @@ class DiffuSSMBlock(nn.Module):
     def __init__(self, c: DiffuSSMConfig, place: Place) -> None:
         super().__init__()
         self.modulation = build_modulation(c.conditioning, c.hidden_size, branches=1)
-        self.norm = norm(c.hidden_size, affine=not self.modulation.adaptive)
+        self.norm = Norm(c.hidden_size, affine=not self.modulation.adaptive)
         self.context = NoContext() if c.context_heads is None else CrossAttention(c.hidden_size, c.context_heads)
         self.shorten = Shorten(c)
         self.dense = HourglassDense(c)
@@ -214,7 +213,7 @@ class DiffuSSMBlock(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         x = self.context(x, context)
         (m,) = self.modulation(cond)
-        short = self.shorten(modulate(self.norm(x), m))  # (B, J, D)
+        short = self.shorten(self.norm(x, m))  # (B, J, D)
         mixed = self.mixer(self.dense(short), grid)  # (B, J M, D)
         return add_branch(x, self.fusion(short, mixed), m)
 

@@ -21,10 +21,9 @@ from smalti.nn.conditioning import (
     add_branch,
     build_head_modulation,
     build_modulation,
-    modulate,
 )
 from smalti.nn.embeddings import PatchEmbed, sincos_2d
-from smalti.nn.layers import MLP, Grid, Head, norm
+from smalti.nn.layers import MLP, Grid, Head, Norm
 from smalti.nn.mixers import AttentionConfig, MixerConfig, Place, build_mixer
 
 PositionKind = Literal["sincos_2d", "table"]
@@ -154,7 +153,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.modulation = build_modulation(c.conditioning, c.hidden_size, branches=2)
         affine = not self.modulation.adaptive
-        self.norm1, self.norm2 = norm(c.hidden_size, affine=affine), norm(c.hidden_size, affine=affine)
+        self.norm1, self.norm2 = Norm(c.hidden_size, affine=affine), Norm(c.hidden_size, affine=affine)
         self.mixer = build_mixer(c.mixer, c.hidden_size, place)
         self.context = _cross_attention(c) if c.conditioning == "cross_attention" else NoContext()
         self.mlp = MLP(c.hidden_size, c.mlp_ratio)
@@ -163,9 +162,9 @@ class DiTBlock(nn.Module):
         self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], context: Float[Tensor, "B L D"], grid: Grid
     ) -> Float[Tensor, "B N D"]:
         m1, m2 = self.modulation(cond)
-        x = add_branch(x, self.mixer(modulate(self.norm1(x), m1), grid), m1)
+        x = add_branch(x, self.mixer(self.norm1(x, m1), grid), m1)
         x = self.context(x, context)
-        return add_branch(x, self.mlp(modulate(self.norm2(x), m2)), m2)
+        return add_branch(x, self.mlp(self.norm2(x, m2)), m2)
 
     def branches(self) -> tuple[nn.Module, ...]:
         return self.mixer, self.mlp

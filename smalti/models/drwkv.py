@@ -18,16 +18,14 @@ from smalti.models.base import BackboneConfig
 from smalti.models.pretrained import Pretrained
 from smalti.nn.conditioning import (
     Conditioning,
-    Modulation,
     NoContext,
     PrependContext,
     add_branch,
     build_head_modulation,
     build_modulation,
-    modulate,
 )
 from smalti.nn.embeddings import PatchEmbed, sincos_2d
-from smalti.nn.layers import Grid, Head, linear
+from smalti.nn.layers import Grid, Head, Norm, linear
 from smalti.nn.mixers import BiWKVConfig, MixerConfig, Place, build_mixer
 from smalti.nn.mixers.bi_wkv import InitKind, build_shift, check_shift, initial_shares, plain_linear
 
@@ -171,9 +169,8 @@ class DRWKVBlock(nn.Module):
         self.modulation = build_modulation(c.conditioning, c.hidden_size, branches=2)
         self.first_norm = nn.LayerNorm(c.hidden_size, eps=1e-5) if place.layer == 0 else nn.Identity()
         affine = c.norm_affine or not self.modulation.adaptive
-        self.norm1, self.norm2 = (nn.LayerNorm(c.hidden_size, eps=1e-5, elementwise_affine=affine) for _ in range(2))
+        self.norm1, self.norm2 = (Norm(c.hidden_size, eps=1e-5, affine=affine) for _ in range(2))
         self.post_norm = c.post_norm
-        self.told1, self.told2 = Modulated(), Modulated()
         self.mixer = build_mixer(c.mixer, c.hidden_size, place)
         self.mlp = ChannelMix(c, place)
 
@@ -188,20 +185,13 @@ class DRWKVBlock(nn.Module):
         m1, m2 = self.modulation(cond)
         if self.post_norm:
             # PARITY: post-norm-told. The modulation comes behind the norm here too, on what the mix gives.
-            x = add_branch(x, self.told1(self.norm1(self.mixer(x, grid)), m1), m1)
-            return add_branch(x, self.told2(self.norm2(self.mlp(x, grid)), m2), m2)
-        x = add_branch(x, self.mixer(self.told1(self.norm1(x), m1), grid), m1)
-        return add_branch(x, self.mlp(self.told2(self.norm2(x), m2), grid), m2)
+            x = add_branch(x, self.norm1(self.mixer(x, grid), m1), m1)
+            return add_branch(x, self.norm2(self.mlp(x, grid), m2), m2)
+        x = add_branch(x, self.mixer(self.norm1(x, m1), grid), m1)
+        return add_branch(x, self.mlp(self.norm2(x, m2), grid), m2)
 
     def branches(self) -> tuple[nn.Module, ...]:
-        return (self.told1, self.told2) if self.post_norm else (self.mixer, self.mlp)
-
-
-class Modulated(nn.Module):
-    """`modulate` as a part of the block: with the norms behind the mixes, its output is what is added."""
-
-    def forward(self, x: Float[Tensor, "B N D"], m: Modulation | None) -> Float[Tensor, "B N D"]:
-        return modulate(x, m)
+        return (self.norm1, self.norm2) if self.post_norm else (self.mixer, self.mlp)
 
 
 class ChannelMix(nn.Module):

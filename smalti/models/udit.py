@@ -23,11 +23,11 @@ from smalti.nn.conditioning import (
     add_branch,
     build_head_modulation,
     build_modulation,
-    modulate,
 )
-from smalti.nn.layers import Grid, norm
+from smalti.nn.layers import Grid, Norm
 from smalti.nn.mixers import DownsampledAttention, DownsampledAttentionConfig, MixerConfig, Place, build_mixer
 from smalti.nn.plane import Depthwise, Pointwise, as_plane, as_tokens, conv, depthwise, with_shortcut
+from smalti.ops import gelu
 
 MLPKind = Literal["reparameterized", "depthwise", "basic"]
 _WIDTHS = (1, 2, 4, 2, 2)  # of the five stages, in hidden sizes; the released last one stays at two
@@ -227,14 +227,14 @@ class UDiTLayer(nn.Module):
     def __init__(self, c: UDiTConfig, hidden_size: int, place: Place) -> None:
         super().__init__()
         self.modulation = build_modulation(c.conditioning, hidden_size, branches=2)
-        self.norm1, self.norm2 = norm(hidden_size), norm(hidden_size)
+        self.norm1, self.norm2 = Norm(hidden_size), Norm(hidden_size)
         self.mixer = build_mixer(c.mixer, hidden_size, place)
         self.mlp = MLPS[c.mlp](hidden_size, int(hidden_size * c.mlp_ratio))
 
     def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], grid: Grid) -> Float[Tensor, "B N D"]:
         m1, m2 = self.modulation(cond)
-        x = add_branch(x, self.mixer(modulate(self.norm1(x), m1), grid), m1)
-        return add_branch(x, self.mlp(modulate(self.norm2(x), m2), grid), m2)
+        x = add_branch(x, self.mixer(self.norm1(x, m1), grid), m1)
+        return add_branch(x, self.mlp(self.norm2(x, m2), grid), m2)
 
 
 class ReparameterizedMLP(nn.Module):
@@ -296,7 +296,7 @@ class BasicMLP(nn.Module):
         self.fc1, self.fc2 = Pointwise(hidden_size, inner), Pointwise(inner, hidden_size)
 
     def forward(self, x: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N D"]:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
 
 
 MLPS: dict[str, type[nn.Module]] = {
@@ -312,13 +312,13 @@ class UDiTHead(nn.Module):
     def __init__(self, hidden_size: int, out_channels: int, modulation: nn.Module) -> None:
         super().__init__()
         self.conv = conv(hidden_size, hidden_size)
-        self.norm, self.modulation = norm(hidden_size), modulation
+        self.norm, self.modulation = Norm(hidden_size), modulation
         self.out = conv(hidden_size, out_channels)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], grid: Grid) -> Float[Tensor, "B O H W"]:
         (m,) = self.modulation(cond)
-        x = modulate(self.norm(as_tokens(self.conv(as_plane(x, grid)))), m)
+        x = self.norm(as_tokens(self.conv(as_plane(x, grid))), m)
         return self.out(as_plane(x, grid)).contiguous()
 
 

@@ -15,29 +15,24 @@ from torch import Tensor, nn
 
 from smalti.errors import ConfigError
 from smalti.nn.embeddings import TimestepEmbedding
-from smalti.ops import attention
+from smalti.ops import attention, gated_add
 
 ConditioningKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 
 
 class Modulation(NamedTuple):
-    """What one residual branch is told: `x (1 + scale) + shift` on its input, `gate` on its output."""
+    """What one residual branch is told: `x (1 + scale) + shift` on its normed input, `gate` on its output."""
 
     shift: Float[Tensor, "B 1 D"]
     scale: Float[Tensor, "B 1 D"]
     gate: Float[Tensor, "B 1 D"] | None
 
 
-def modulate(x: Float[Tensor, "B N D"], m: Modulation | None) -> Float[Tensor, "B N D"]:
-    """Shift and scale normalised tokens; None leaves them as they are."""
-    return x if m is None else torch.addcmul(m.shift, x, 1 + m.scale)
-
-
 def add_branch(
     x: Float[Tensor, "B N D"], branch: Float[Tensor, "B N D"], m: Modulation | None
 ) -> Float[Tensor, "B N D"]:
     """The residual sum, gated where the modulation has a gate."""
-    return x + branch if m is None or m.gate is None else torch.addcmul(x, m.gate, branch)
+    return x + branch if m is None or m.gate is None else gated_add(x, m.gate, branch)
 
 
 class AdaLN(nn.Module):

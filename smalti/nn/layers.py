@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.nn.conditioning import Modulation, modulate
+from smalti.nn.conditioning import Modulation
+from smalti.ops import adaln, fold_affine, gelu
 
 
 class Grid(NamedTuple):
@@ -20,9 +22,25 @@ class Grid(NamedTuple):
         return self.rows * self.columns
 
 
-def norm(hidden_size: int, *, affine: bool = False) -> nn.LayerNorm:
-    """LayerNorm over the channels of each token, eps 1e-6; affine only where nothing else scales and shifts."""
-    return nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=affine)
+class Norm(nn.Module):
+    """LayerNorm over the channels of each token, and then the shift and scale of a branch's modulation, if it has one.
+
+    `affine` gives it a weight and a bias of its own; most networks have them only where nothing else shifts and scales.
+    """
+
+    def __init__(self, hidden_size: int, *, affine: bool = False, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        self.weight = nn.Parameter(torch.ones(hidden_size)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if affine else None
+
+    def forward(self, x: Float[Tensor, "B N D"], m: Modulation | None = None) -> Float[Tensor, "B N D"]:
+        if m is None:
+            return F.layer_norm(x, (self.hidden_size,), self.weight, self.bias, self.eps)
+        shift, scale = m.shift, m.scale
+        if self.weight is not None and self.bias is not None:
+            shift, scale = fold_affine(shift, scale, self.weight, self.bias)
+        return adaln(x, shift, scale, eps=self.eps)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -50,7 +68,7 @@ class MLP(nn.Module):
         self.fc2 = linear(inner, hidden_size)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
 
 
 class Head(nn.Module):
@@ -63,13 +81,13 @@ class Head(nn.Module):
         super().__init__()
         self.patch_size, self.out_channels = patch_size, out_channels
         self.modulation = modulation
-        self.norm = norm(hidden_size, affine=not modulation.adaptive)
+        self.norm = Norm(hidden_size, affine=not modulation.adaptive)
         self.out = zero_init(linear(hidden_size, patch_size**2 * out_channels))  # the network starts by saying zero
 
     def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], grid: Grid) -> Float[Tensor, "B O H W"]:
         m: Modulation | None
         (m,) = self.modulation(cond)
-        return unpatchify(self.out(modulate(self.norm(x), m)), grid, self.patch_size)
+        return unpatchify(self.out(self.norm(x, m)), grid, self.patch_size)
 
 
 def unpatchify(tokens: Float[Tensor, "B N F"], grid: Grid, patch_size: int) -> Float[Tensor, "B O H W"]:

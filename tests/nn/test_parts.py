@@ -19,10 +19,9 @@ from smalti.nn.conditioning import (
     add_branch,
     build_head_modulation,
     build_modulation,
-    modulate,
 )
 from smalti.nn.embeddings import PatchEmbed, TimestepEmbedding, patchify, sincos_2d, timestep_sinusoid
-from smalti.nn.layers import MLP, Grid, Head, linear, norm, unpatchify, zero_init
+from smalti.nn.layers import MLP, Grid, Head, Norm, linear, unpatchify, zero_init
 
 pytestmark = pytest.mark.usefixtures("deterministic", "seeded")
 
@@ -119,11 +118,11 @@ def test_the_patch_weight_starts_xavier_uniform_as_a_matrix():
 
 
 def test_the_norm_has_the_papers_epsilon_and_no_weights():
-    assert list(norm(8).parameters()) == []
-    assert len(list(norm(8, affine=True).parameters())) == 2
+    assert list(Norm(8).parameters()) == []
+    assert len(list(Norm(8, affine=True).parameters())) == 2
     # Channels +-1e-3 have variance 1e-6, equal to epsilon: the norm shrinks them by sqrt(2).
-    x = 1e-3 * torch.tensor([[1.0, -1, 1, -1, 1, -1, 1, -1]])
-    torch.testing.assert_close(norm(8)(x), 1e3 * x / math.sqrt(2))
+    x = 1e-3 * torch.tensor([[[1.0, -1, 1, -1, 1, -1, 1, -1]]])
+    torch.testing.assert_close(Norm(8)(x), 1e3 * x / math.sqrt(2))
 
 
 def test_the_mlp_is_two_layers_around_a_tanh_gelu():
@@ -133,10 +132,18 @@ def test_the_mlp_is_two_layers_around_a_tanh_gelu():
     torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh")))
 
 
-def test_modulate_shifts_and_scales_and_none_leaves_alone():
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_modulated_norm_shifts_and_scales_behind_what_it_does_alone(affine):
     x, shift, scale = torch.randn(2, 3, 4), torch.randn(2, 1, 4), torch.randn(2, 1, 4)
-    torch.testing.assert_close(modulate(x, Modulation(shift, scale, None)), x * (1 + scale) + shift)
-    assert modulate(x, None) is x
+    norm = Norm(4, affine=affine, eps=1e-5)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+    alone = nn.LayerNorm(4, eps=1e-5, elementwise_affine=affine)
+    alone.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x), alone(x))
+    # The weight is folded into the scale less 1, so rounding is that of numbers around 1.
+    torch.testing.assert_close(norm(x, Modulation(shift, scale, None)), alone(x) * (1 + scale) + shift)
 
 
 def test_a_branch_is_added_through_its_gate():
@@ -253,7 +260,7 @@ def test_labels_that_do_not_fit_are_refused(no_shape_checks, classes, labels, me
 
 def test_the_head_lays_out_what_its_linear_layer_says():
     head = Head(8, 2, 3, NoModulation(1))
-    assert isinstance(head.norm, nn.LayerNorm)
+    assert isinstance(head.norm, Norm)
     assert head.norm.weight is not None
     assert head.out.weight.abs().max() == head.out.bias.abs().max() == 0
     with torch.no_grad():
