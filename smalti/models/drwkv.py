@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from smalti.nn.embeddings import PatchEmbed, sincos_2d
 from smalti.nn.layers import Grid, Head, Norm, linear
 from smalti.nn.mixers import BiWKVConfig, MixerConfig, Place, build_mixer
 from smalti.nn.mixers.bi_wkv import InitKind, build_shift, check_shift, initial_shares, plain_linear
+from smalti.ops import sigmoid_gate, squared_relu
 
 DRWKVConditioning = Literal["adaln_zero", "adaln", "in_context"]
 SkipKind = Literal["concat", "add", "none"]
@@ -209,8 +209,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N D"]:
         for_key, for_gate = self.neighbours(x, grid)
-        inner = self.norm(F.relu(self.key(for_key)).square())
-        return self.gate(for_gate).sigmoid() * self.value(inner)
+        inner = self.norm(squared_relu(self.key(for_key)))
+        return sigmoid_gate(self.gate(for_gate), self.value(inner))
 
 
 class ConcatSkip(nn.Module):

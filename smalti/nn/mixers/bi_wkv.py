@@ -15,7 +15,7 @@ from smalti.config import did_you_mean
 from smalti.errors import ConfigError
 from smalti.nn.layers import Grid
 from smalti.nn.mixers.base import ALONE, MixerConfig, Place
-from smalti.ops import bi_wkv, bi_wkv_release, quad_shift
+from smalti.ops import bi_wkv, bi_wkv_release, shift_mix, sigmoid_gate
 
 WKVKind = Literal["paper", "release"]
 InitKind = Literal["fancy", "local", "global"]
@@ -62,7 +62,7 @@ class BiWKV(nn.Module):
         # PARITY: divided-bonus. The printed formula divides the decay alone.
         bonus = self.bonus.to(wide) / (x.shape[1] if self.divide_bonus else 1)
         mean = self.op(decay, bonus, key, value).to(value.dtype)
-        return self.out(self.gate(for_gate).sigmoid() * self.norm(mean))
+        return self.out(sigmoid_gate(self.gate(for_gate), self.norm(mean)))
 
 
 class Neighbours(nn.Module):
@@ -80,10 +80,10 @@ class Neighbours(nn.Module):
         front = x.shape[1] - grid.tokens
         if front < 0:
             raise ValueError(f"{x.shape[1]} tokens do not fill a grid of {grid.rows}x{grid.columns}")
-        shifted = quad_shift(x[:, front:].unflatten(1, grid), shift=self.shift, fraction=self.fraction).flatten(1, 2)
-        if front:
-            shifted = torch.cat([x[:, :front], shifted], dim=1)
-        return tuple(torch.lerp(shifted, x, self.shares[name].to(x.dtype)) for name in self.order)
+        shares = torch.cat([self.shares[name][0] for name in self.order])  # (M, D)
+        mixed = shift_mix(x[:, front:].unflatten(1, grid), shares, shift=self.shift, fraction=self.fraction)
+        mixtures = mixed.flatten(2, 3).unbind(1)
+        return tuple(torch.cat([x[:, :front].to(m.dtype), m], dim=1) for m in mixtures) if front else mixtures
 
 
 class NoNeighbours(nn.Module):

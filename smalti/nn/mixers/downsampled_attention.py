@@ -18,7 +18,7 @@ from smalti.errors import ConfigError
 from smalti.nn.layers import Grid, linear
 from smalti.nn.mixers.base import ALONE, MixerConfig, Place
 from smalti.nn.plane import Depthwise, Pointwise, depthwise, with_shortcut
-from smalti.ops import attention, rotary
+from smalti.ops import attention, cosine_heads, rotary
 
 DownsamplerKind = Literal["dwconv5", "dwconv3"]
 RotaryKind = Literal["rope2d", "rope2d_square", "none"]
@@ -106,18 +106,25 @@ class DownsampledAttention(nn.Module):
         return with_shortcut(self.depthwise.weight) if self.config.shortcut else self.depthwise.weight
 
     def _attend(self, qkv: Float[Tensor, "P n 3 H E"], grid: Grid) -> Float[Tensor, "P H n E"]:
-        qk, v = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
         # Angles and lengths in at least float32, as released; only the products of attention are in less.
-        qk = qk.to(torch.promote_types(qk.dtype, torch.float32))
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        tables = None
         if self.config.position != "none":
-            cos, sin = rope2d(grid, qk.shape[-1], square=self.config.position == "rope2d_square", device=qk.device)
-            qk = rotary(qk, cos, sin)
-        if self.scale is None:
-            q, k = qk.unbind(2)
-            return attention(q.transpose(1, 2).to(v.dtype), k.transpose(1, 2).to(v.dtype), v)
-        q, k = F.normalize(qk, dim=-1).unbind(2)
-        temperature = self.scale.to(q.dtype).clamp(max=self.max_scale).exp() * math.sqrt(q.shape[-1])
-        return attention((q.transpose(1, 2) * temperature).to(v.dtype), k.transpose(1, 2).to(v.dtype), v)
+            square = self.config.position == "rope2d_square"
+            tables = rope2d(grid, qkv.shape[-1], square=square, device=qkv.device)
+        lengths = None
+        if self.scale is not None:
+            queries = self.scale.to(wide).clamp(max=self.max_scale).exp().flatten() * math.sqrt(qkv.shape[-1])
+            lengths = torch.stack([queries, torch.ones_like(queries)])  # (2, H): the scale of attention, and keys of 1
+        if tables is not None and lengths is not None:
+            return attention(*cosine_heads(qkv, *tables, lengths).unbind(1))
+        qk, v = qkv[:, :, :2].to(wide), qkv[:, :, 2]
+        if tables is not None:
+            qk = rotary(qk, *tables)
+        if lengths is not None:
+            qk = F.normalize(qk, dim=-1) * lengths[..., None]
+        q, k = qk.to(v.dtype).unbind(2)
+        return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
 
 def rope2d(

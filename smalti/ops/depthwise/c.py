@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from smalti.ops.depthwise.conv import depthwise_conv
+from smalti.ops.in_memory import KINDS, lower_dtype, plain_gradients, refuses_memory
 from smalti.ops.native import load_native
 
-# As in the enum of depthwise.c.
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
 SIZES = (1, 3, 5)
 SOURCE = Path(__file__).with_name("depthwise.c")
 
@@ -25,17 +24,8 @@ def depthwise_c(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def refuses_c(x: Tensor, weight: Tensor, bias: Tensor) -> str:
     """Why the C twin cannot take these inputs on this machine; "" when it can. Compiles it when first asked."""
-    if torch.compiler.is_compiling():
-        return "the compiler takes PyTorch's form"
-    for tensor in (x, weight, bias):
-        if tensor.device.type != "cpu":
-            return f"it is for CPUs, got {tensor.device.type}"
-        if tensor.dtype not in KINDS:
-            return f"it takes {', '.join(str(dtype) for dtype in KINDS)}, got {tensor.dtype}"
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"it reads memory, which a {type(tensor).__name__} may not have"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func needs a form that it can transform"
+    if reason := refuses_memory(x, weight, bias):
+        return reason
     size, channels = weight.shape[-1], x.shape[-1]
     if x.ndim != 4 or size not in SIZES or weight.shape != (channels, 1, size, size) or bias.shape != (channels,):
         shapes = [tuple(tensor.shape) for tensor in (x, weight, bias)]
@@ -58,7 +48,7 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        y = torch.empty(x.shape, dtype=_output_dtype(x))
+        y = torch.empty(x.shape, dtype=lower_dtype(x))
         x, taps, flat_bias = x.detach().contiguous(), _taps(weight), bias.detach().float().contiguous()
         _run("depthwise", x, y.dtype, weight.shape[-1], taps, flat_bias, y)
         return y
@@ -66,11 +56,8 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradients are to have gradients themselves
-            wanted = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
-            y = depthwise_conv(x, weight, bias)
-            found = iter(torch.autograd.grad(y, wanted, above.to(y.dtype), create_graph=True))
-            return tuple(next(found) if tensor.requires_grad else None for tensor in (x, weight, bias))
+        if torch.is_grad_enabled():  # these gradients are to have gradients themselves
+            return plain_gradients(depthwise_conv, (x, weight, bias), above, create_graph=True)
         size, channels = weight.shape[-1], x.shape[-1]
         x, above, turned = x.contiguous(), above.contiguous(), _taps(weight.flip(-2, -1))
         by_x = torch.empty_like(x)
@@ -79,13 +66,6 @@ class _Depthwise(torch.autograd.Function):
         _run("depthwise_back", x, above.dtype, size, turned, above, by_x, partial, sums)
         by_weight = sums[:-1].t().reshape(weight.shape)
         return by_x, by_weight.to(weight.dtype), sums[-1].to(bias.dtype)
-
-
-def _output_dtype(x: Tensor) -> torch.dtype:
-    if x.dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        return dtype if dtype in KINDS else x.dtype
-    return x.dtype
 
 
 def _taps(weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@
 #define MAX_GROUPS 8
 #define ALONE 32768 /* numbers that one thread finishes before others have started */
 
-/* Element types; keep in step with c.py. */
+/* Element types; keep in step with in_memory.py. */
 enum { FLOAT = 0, BFLOAT16 = 1 };
 
 /* The compiler cuts these into what the processor has. */

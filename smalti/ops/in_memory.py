@@ -1,0 +1,45 @@
+"""For twins that hand addresses to C: which tensors have one, and gradients of gradients, which C does not give."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Element types as the C sources number them.
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def refuses_memory(*tensors: Tensor) -> str:
+    """Why C cannot read these tensors; "" when it can."""
+    if torch.compiler.is_compiling():
+        return "the compiler fuses the plain form by itself"
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it is for CPUs, got {x.device.type}"
+        if x.dtype not in KINDS:
+            return f"it takes {', '.join(str(dtype) for dtype in KINDS)}, got {x.dtype}"
+        if type(x) not in (Tensor, torch.nn.Parameter):
+            return f"it reads memory, which a {type(x).__name__} may not have"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func needs a form that it can transform"
+    return ""
+
+
+def lower_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives the output of a product; without autocast that of x."""
+    if x.dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        return dtype if dtype in KINDS else x.dtype
+    return x.dtype
+
+
+def plain_gradients(
+    plain: Callable[..., Tensor], inputs: tuple[Tensor, ...], above: Tensor, *, create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the plain form, where the twin has none of its own."""
+    with torch.enable_grad():
+        sources = inputs if create_graph else tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
+        y = plain(*sources)
+        wanted = [x for x in sources if x.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, above.to(y.dtype), create_graph=create_graph))
+    return tuple(next(found) if x.requires_grad else None for x in sources)
