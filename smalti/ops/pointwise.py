@@ -33,8 +33,8 @@ def unavailable() -> str:
     reason = load_native(SOURCE).reason
     if reason:
         logging.getLogger("smalti").warning(
-            "GELU, norms and gates run in their slower PyTorch form, which makes a bfloat16 network on a CPU up to 1.5 "
-            "times slower: %s",
+            "GELU, norms and gates run in their slower PyTorch form, which makes a bfloat16 DiT on a CPU a quarter "
+            "slower: %s",
             reason,
         )
     return reason
