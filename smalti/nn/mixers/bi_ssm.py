@@ -18,11 +18,21 @@ from smalti.config import did_you_mean
 from smalti.errors import ConfigError
 from smalti.nn.layers import Grid, linear
 from smalti.nn.mixers.base import ALONE, MixerConfig, Place
-from smalti.ops.s4d import Discretization, both_kernels, convolve, s4d, s4d_kernel, two_way_spectrum
+from smalti.ops import gelu
+from smalti.ops.s4d import (
+    Discretization,
+    both_kernels,
+    convolve,
+    convolve_c,
+    s4d,
+    s4d_kernel,
+    spectrum_c,
+    two_way_spectrum,
+)
 
 Init = Literal["lin", "inv", "legs"]
 Activation = Literal["gelu", "silu"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "silu": F.silu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,22 +152,26 @@ class BiSSM(nn.Module):
         return log_dt, log_decay, frequency, c
 
     def _convolve(self, u: Tensor) -> Tensor:
-        skip = F.pad(self.skip, (0, u.shape[1] - len(self.skip)))
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or s4d.choice(u) != "fft":
+        impl, skip = s4d.choice(u), F.pad(self.skip, (0, u.shape[1] - len(self.skip)))
+        keep = impl in ("c", "fft") and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        if not keep or s4d.refuses(impl, (u,)):
             return s4d(u, *self._state_space(), skip, discretization=self.config.discretization)
-        return convolve(u, self._kept_spectrum(u.shape[2]), skip)
+        if impl == "c":
+            return convolve_c(u.mT, self._kept_spectrum(u.shape[2], lambda f, b: spectrum_c(f, b, skip), self.skip)).mT
+        return convolve(u, self._kept_spectrum(u.shape[2], two_way_spectrum), skip)
 
-    def _kept_spectrum(self, length: int) -> Tensor:
-        parts = (self.log_dt, self.log_decay, self.frequency, self.input_vector, self.output_vector)
+    def _kept_spectrum(self, length: int, make: Callable[..., Tensor], *others: Tensor) -> Tensor:
+        """`make(*kernels)`; `others` are what it takes from beside them."""
+        parts = (self.log_dt, self.log_decay, self.frequency, self.input_vector, self.output_vector, *others)
         sources = [p for p in parts if p is not None]
         if any(p.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(p) for p in sources):
-            return two_way_spectrum(*self.kernels(length))  # tensors of which nobody counts the writes
+            return make(*self.kernels(length))  # tensors of which nobody counts the writes
         key = (length, *((p.data_ptr(), p._version, p.dtype, p.device) for p in sources))
         if self._kept is not None:
             known, copies, spectrum = self._kept
             if known == key and all(torch.equal(a, b) for a, b in zip(copies, sources, strict=False)):
                 return spectrum
-        spectrum = two_way_spectrum(*self.kernels(length))
+        spectrum = make(*self.kernels(length))
         copies = tuple(p.detach().clone() for p in sources if p.device.type == "cpu")
         self._kept = (key, copies, spectrum)
         return spectrum

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from smalti.ops.dispatch import Op
+from smalti.ops.s4d.c import convolve_c, refuses_c, spectrum_c, two_way_conv_c
 from smalti.ops.s4d.fft import convolve, fft_size, two_way_conv_fft, two_way_spectrum
-from smalti.ops.s4d.layer import both_kernels, s4d_fft, s4d_reference
+from smalti.ops.s4d.layer import both_kernels, s4d_c, s4d_fft, s4d_reference
 from smalti.ops.s4d.reference import Discretization, s4d_kernel_reference, two_way_conv_reference
 from smalti.ops.s4d.two_level import s4d_kernel_two_level
 
@@ -17,8 +18,8 @@ def _refuses_kernel(impl: str, args: tuple[Tensor, ...]) -> str:
     return "it only pays where there are numbers, got meta tensors" if args[0].device.type == "meta" else ""
 
 
-def _refuses_nothing(impl: str, args: tuple[Tensor, ...]) -> str:
-    return ""
+def _refuses_conv(impl: str, args: tuple[Tensor, ...]) -> str:
+    return refuses_c(*args) if impl == "c" else ""
 
 
 def _example_kernel(
@@ -90,22 +91,25 @@ s4d_kernel = Op(
 two_way_conv = Op(
     "two_way_conv",
     two_way_conv_reference,
-    {"fft": two_way_conv_fft},
-    _refuses_nothing,
+    {"c": two_way_conv_c, "fft": two_way_conv_fft},
+    _refuses_conv,
     _example_conv,
     _macs_conv,
     batched=(0,),
 )
 # What networks call; the two halves stand beside it for those who keep a kernel, and to be measured alone.
-s4d = Op("s4d", s4d_reference, {"fft": s4d_fft}, _refuses_nothing, _example_layer, _macs_layer, batched=(0,))
+_FAST = {"c": s4d_c, "fft": s4d_fft}
+s4d = Op("s4d", s4d_reference, _FAST, _refuses_conv, _example_layer, _macs_layer, batched=(0,))
 
 __all__ = [
     "Discretization",
     "both_kernels",
     "convolve",
+    "convolve_c",
     "fft_size",
     "s4d",
     "s4d_kernel",
+    "spectrum_c",
     "two_way_conv",
     "two_way_spectrum",
 ]

@@ -1,4 +1,4 @@
-"""State space and convolution in one: the definition, and its twin, which is the two twins of its halves."""
+"""State space and convolution in one: the definition, and its twins, which are those of its halves."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smalti.ops.s4d.c import two_way_conv_c
 from smalti.ops.s4d.fft import two_way_conv_fft
 from smalti.ops.s4d.precision import wide
 from smalti.ops.s4d.reference import Discretization, s4d_kernel_reference, two_way_conv_reference
@@ -29,6 +30,21 @@ def s4d_reference(
     """
     kernels = both_kernels(s4d_kernel_reference, log_dt, log_decay, frequency, weight, x.shape[2], discretization)
     return two_way_conv_reference(x, *kernels, skip)
+
+
+def s4d_c(
+    x: Float[Tensor, "B C N"],
+    log_dt: Float[Tensor, "R C"],
+    log_decay: Float[Tensor, "R C S"],
+    frequency: Float[Tensor, "R C S"],
+    weight: Float[Tensor, "Q C S 2"],
+    skip: Float[Tensor, "C"],
+    discretization: Discretization = "zoh",
+) -> Float[Tensor, "B C N"]:
+    """As `s4d_reference`; token-major in memory is what it reads and writes."""
+    rows = (log_dt, log_decay, frequency, weight)
+    kernels = both_kernels(s4d_kernel_two_level, *rows, x.shape[2], discretization)
+    return two_way_conv_c(x, *kernels, skip)
 
 
 def s4d_fft(

@@ -1,0 +1,146 @@
+"""Twin of the convolution in C for CPUs (conv.c), compiled at its first use; without a compiler the FFT serves."""
+
+import cmath
+import ctypes
+import logging
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.ops.native import load_native
+from smalti.ops.s4d.fft import two_way_conv_fft
+
+# As in the enum of conv.c.
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+SOURCE = Path(__file__).with_name("conv.c")
+
+
+def two_way_conv_c(
+    x: Float[Tensor, "B C N"],
+    forward: Float[Tensor, "C N"],
+    backward: Float[Tensor, "C N"],
+    skip: Float[Tensor, "C"],
+) -> Float[Tensor, "B C N"]:
+    """As `two_way_conv_reference`. Token-major in memory is what it reads and writes: (B, N, C) seen as (B, C, N)."""
+    if not forward.shape == backward.shape == x.shape[1:] or skip.shape != x.shape[1:2] or x.ndim != 3:
+        shapes = [tuple(t.shape) for t in (x, forward, backward, skip)]
+        raise ValueError(f"expected shapes (B, C, N), (C, N), (C, N), (C), got {shapes}")
+    return _TwoWayConv.apply(x.mT, forward, backward, skip).mT
+
+
+def refuses_c(*tensors: Tensor) -> str:
+    """Why the C twin cannot take these inputs on this machine; "" when it can. Compiles it when first asked."""
+    if torch.compiler.is_compiling():
+        return "the compiler takes PyTorch's form"
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it is for CPUs, got {tensor.device.type}"
+        if tensor.dtype not in KINDS:
+            return f"it takes {', '.join(str(dtype) for dtype in KINDS)}, got {tensor.dtype}"
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"it reads memory, which a {type(tensor).__name__} may not have"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func needs a form that it can transform"
+    if tensors[0].shape[-1] == 0:
+        return f"there is nothing to convolve, got shape {tuple(tensors[0].shape)}"
+    return unavailable()
+
+
+@cache
+def unavailable() -> str:
+    """Why there is no library on this machine; "" when there is one."""
+    reason = load_native(SOURCE).reason
+    if reason:
+        logging.getLogger("smalti").warning(
+            "state spaces run by FFT in PyTorch, which makes them 3 to 5 times slower than in C: %s", reason
+        )
+    return reason
+
+
+def spectrum_c(
+    forward: Float[Tensor, "C N"], backward: Float[Tensor, "C N"], skip: Float[Tensor, "C"]
+) -> Float[Tensor, "S"]:
+    """What of a convolution depends on its kernels alone, for `convolve_c`, without gradients."""
+    channels, tokens = forward.shape
+    rows = [t.detach().float().contiguous() for t in (forward, backward, skip)]
+    size, leaf, turns = _plan(tokens)
+    spectrum = torch.empty(_length(tokens, channels), dtype=torch.float32)
+    _run("s4d_spectrum", size, leaf, turns, channels, tokens, *rows, spectrum)
+    return spectrum
+
+
+def convolve_c(x: Float[Tensor, "B N C"], spectrum: Float[Tensor, "S"]) -> Float[Tensor, "B N C"]:
+    """Convolve with the kernels of `spectrum_c`, which must be of as many tokens and channels; without gradients."""
+    if x.ndim != 3 or spectrum.shape != (_length(*x.shape[1:]),):
+        raise ValueError(f"a spectrum of shape {tuple(spectrum.shape)} is not for tokens of shape {tuple(x.shape)}")
+    x = x.detach().contiguous()
+    y = torch.empty_like(x)
+    _run("s4d_convolve", KINDS[x.dtype], *_plan(x.shape[1]), *x.shape, spectrum, x, y)
+    return y
+
+
+class _TwoWayConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Tensor, backward: Tensor, skip: Tensor) -> Tensor:
+        spectrum = spectrum_c(forward, backward, skip)
+        ctx.save_for_backward(x, forward, backward, skip, spectrum)
+        return convolve_c(x, spectrum)
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, spectrum = ctx.saved_tensors
+        x, forward, _, skip = inputs
+        if torch.is_grad_enabled():  # the gradients are to have gradients themselves
+            wanted = [tensor for tensor in inputs if tensor.requires_grad]
+            y = two_way_conv_fft(x.mT, *inputs[1:]).mT
+            found = iter(torch.autograd.grad(y, wanted, above, create_graph=True))
+            return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
+        x, above = x.contiguous(), above.contiguous()
+        by_x = torch.empty_like(x)
+        by_forward, by_backward = torch.empty(2, *forward.shape, dtype=torch.float32)
+        by_skip = torch.empty(skip.shape, dtype=torch.float32)
+        rooms = (spectrum, x, above, by_x, by_forward, by_backward, by_skip)
+        _run("s4d_convolve_back", KINDS[x.dtype], *_plan(x.shape[1]), *x.shape, *rooms)
+        return by_x, *(t.to(forward.dtype) for t in (by_forward, by_backward)), by_skip.to(skip.dtype)
+
+
+def _length(tokens: int, channels: int) -> int:
+    """Numbers in a spectrum: channels come in blocks, the last of which may be half empty."""
+    lanes = _library().s4d_lanes()
+    return -(-channels // lanes) * lanes * 2 * _plan(tokens)[0]
+
+
+@cache
+def _plan(tokens: int) -> tuple[int, int, Tensor]:
+    """For so many tokens: M, c and the constants of conv.c."""
+    size, leaf = min((leaf << max(1, math.ceil(math.log2(tokens / leaf))), leaf) for leaf in (1, 3, 5, 7))
+    angles = [0.0, math.pi]
+    while len(angles) <= max(4, size // leaf):
+        angles += [angles[len(angles) // 2] / 2 + i * math.pi for i in (0, 1)]
+    turns = [cmath.exp(0.5j * angle) for angle in angles]
+    return size, leaf, torch.tensor([part for turn in turns for part in (turn.real, turn.imag)], dtype=torch.float32)
+
+
+def _run(function: str, *arguments: "Tensor | int") -> None:
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    if getattr(_library(), function)(*values, torch.get_num_threads()):
+        raise MemoryError("a long convolution found no memory for its sums: use fewer tokens or threads")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = load_native(SOURCE).library
+    if library is None:
+        raise RuntimeError(f"the C twin of the convolution was called where it refuses to run: {unavailable()}")
+    plan: list[Any] = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    sizes = [ctypes.c_int, *plan, *[ctypes.c_int64] * 3]
+    library.s4d_spectrum.argtypes = [*plan, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 4, ctypes.c_int]
+    library.s4d_spectrum.restype = None
+    library.s4d_convolve.argtypes = [*sizes, *[ctypes.c_void_p] * 3, ctypes.c_int]
+    library.s4d_convolve_back.argtypes = [*sizes, *[ctypes.c_void_p] * 7, ctypes.c_int]
+    return library
