@@ -8,11 +8,11 @@ STAMP := $(VENV)/.smalti-installed
 # long, the default, costs far more when something else wants the second core.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help setup demo test lint gpu clean
+.PHONY: help setup demo test test-long lint gpu clean
 
 help:
 	@echo "make demo   train the four backbones on the shipped emoji (under 20 minutes on 2 cores), and a page that compares them"
-	@echo "make test   run all tests"
+	@echo "make test   run the tests (some minutes); make test-long runs the long ones that it leaves out"
 	@echo "make lint   layering, style and types"
 	@echo "make gpu    CUDA tests and benchmarks; says so and stops where there is no GPU"
 	@echo "make clean  remove the virtual environment (runs stay)"
@@ -31,7 +31,10 @@ demo: $(STAMP)
 	$(BIN)/smalti demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not long'
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m long
 
 lint: $(STAMP)
 	$(BIN)/lint-imports

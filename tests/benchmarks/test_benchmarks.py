@@ -102,7 +102,7 @@ def test_model_times_every_backbone_by_default_and_a_step_at_the_largest_batch_o
     assert "bf16-weights" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_model_times_a_compiled_and_a_frozen_forward():
     """In a process of its own: importing the compiler makes torch warn about itself."""
     arguments = [

@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(released, capsys, monkeypatc
 # --- the tables
 
 
-@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("source", MAPS)
 def test_every_source_tells_the_hyperparameters_of_the_presets_it_released(source, all_of_them):
     origin = MAPS[source]

@@ -541,7 +541,7 @@ def test_a_model_that_does_not_say_what_it_predicts_is_one_line(refused, tmp_pat
 # --- presets and data
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table_of_presets_has_every_preset_with_what_is_counted_and_what_is_published(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -556,6 +556,13 @@ def test_the_table_of_presets_has_every_preset_with_what_is_counted_and_what_is_
             assert "as printed" in rows[name] or "%" in rows[name]
     assert max(len(line) for line in lines) <= 160
     assert any("GMACs: " in line for line in lines)
+
+
+def test_the_table_of_presets_has_a_line_for_each_that_matches(capsys):
+    assert main(["presets", "dit-*-8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == ["dit-s-8", "dit-b-8", "dit-l-8", "dit-xl-8"]
+    assert all(f" {PRESETS[line.split()[0]].published.gmacs:.2f} " in line for line in lines[2:6])
 
 
 def test_presets_are_chosen_by_a_pattern_and_told_as_json(capsys):

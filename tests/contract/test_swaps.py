@@ -105,7 +105,7 @@ def test_a_swapped_config_goes_through_data_and_back(backbone, mixer):
     assert from_dict(BackboneConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @SWAPS
 def test_a_block_of_a_swapped_network_compiles_as_one_graph(backbone, mixer):
     if mixer == OWN[backbone]:

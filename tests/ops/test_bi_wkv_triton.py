@@ -31,7 +31,7 @@ def run(program, *arguments, timeout=280, **environment):
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.long
 def test_interpreted_kernels_are_as_exact_as_the_reference_repeat_and_pass_the_compiler():
     # One test, because the program behind it is slow and every worker of a test run would start it once more.
     found = run("interpret_bi_wkv.py")
@@ -61,7 +61,7 @@ def test_interpreted_kernels_are_as_exact_as_the_reference_repeat_and_pass_the_c
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
     sizes = run("compile_triton_bi_wkv.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert set(sizes) == {f"{way}, {chunks} chunks" for way in ("forward", "backward") for chunks in (1, 2)}

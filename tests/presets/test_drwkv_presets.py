@@ -24,6 +24,7 @@ GMACS = {
 ROWS = [(f"drwkv-{size}{s}", g) for size, row in GMACS.items() for s, g in zip(SUFFIXES, row, strict=True)]
 
 
+@pytest.mark.long  # parameters of all rows are counted by test_published.py in any case
 @pytest.mark.parametrize(("name", "gmacs"), ROWS)
 def test_a_preset_has_its_parameters_exactly_and_its_macs_within_half_a_percent(name, gmacs):
     preset, model = PRESETS[name], create_model(name, device="meta")

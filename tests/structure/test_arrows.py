@@ -75,19 +75,21 @@ def reached_from(path):
 
     An op is read by its reference, which is its definition; its twins are held against that by tests.
     """
-    reached, todo = set(), [(path, set())]
+    reached, todo = set(), [(path, frozenset())]
     while todo:
-        current, names = todo.pop()
-        if current is None or (current, frozenset(names)) in reached:
+        step = current, names = todo.pop()
+        if current is None or step in reached:
             continue
-        reached.add((current, frozenset(names)))
-        steps = list(imports_of(current))
         if current.with_name("reference.py").exists():
-            steps = [(file, taken) for file, taken in steps if file and file.name in ("reference.py", "dispatch.py")]
-        elif current.name == "__init__.py":
+            current, steps = current.with_name("reference.py"), imports_of(current.parent.parent / "__init__.py")
+            steps = [(file, taken) for file, taken in steps if file and file.name == "dispatch.py"]
+        else:
+            steps = list(imports_of(current))
+        reached |= {step, (current, names)}
+        if current.name == "__init__.py":
             steps = [(file, taken) for file, taken in steps if taken & names]
-        todo += steps
-    return {file for file, _ in reached}
+        todo += [(file, frozenset(taken)) for file, taken in steps]
+    return {file for file, _ in reached if not file.with_name("reference.py").exists() or file.name == "reference.py"}
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
