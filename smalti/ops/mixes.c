@@ -277,17 +277,58 @@ int shift_mix_back(int kind, int out_kind, int64_t batch, int64_t rows, int64_t 
 #define MAX_SIZE 512
 #define SHORTEST 1e-12f
 
-/* Turned by the table, cosines and signed sines of each channel; returns 1 / length. */
-INLINE float turn(int kind, int64_t size, const void *x, const float *cosine, const float *sine, float *to) {
-    float squares = 0.0f;
-    _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < size / 2; i++) {
-        float a = load(kind, x, 2 * i), b = load(kind, x, 2 * i + 1);
-        float u = a * cosine[i] - b * sine[i], v = a * sine[i] + b * cosine[i];
-        to[2 * i] = u;
-        to[2 * i + 1] = v;
-        squares += u * u + v * v;
+/* Heads are short: eight channels at a time leave no rest in most. The compiler cuts these into what there is. */
+#define LANES 8
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+#ifdef __clang__
+#define SWAPPED(x) __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6)
+#else
+#define SWAPPED(x) __builtin_shuffle(x, (Mask){1, 0, 3, 2, 5, 4, 7, 6})
+#endif
+
+/* The first n of eight channels; the others are zero. */
+INLINE Vector load_some(int kind, const void *tensor, int64_t i, int64_t n) {
+    const void *from = at(kind, tensor, i);
+    if (kind == FLOAT) {
+        Vector x = {0};
+        if (n >= LANES) memcpy(&x, from, sizeof x);
+        else memcpy(&x, from, 4 * (size_t)n);
+        return x;
     }
-    float length = sqrtf(squares);
+    Halves halves = {0};
+    if (n >= LANES) memcpy(&halves, from, sizeof halves);
+    else memcpy(&halves, from, 2 * (size_t)n);
+    return (Vector)(__builtin_convertvector(halves, Bits) << 16);
+}
+
+INLINE void store_some(int kind, void *tensor, int64_t i, int64_t n, Vector x) {
+    void *to = at(kind, tensor, i);
+    if (kind == FLOAT) {
+        if (n >= LANES) memcpy(to, &x, sizeof x);
+        else memcpy(to, &x, 4 * (size_t)n);
+        return;
+    }
+    Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, number = (Bits)(Mask)(x == x);
+    Halves halves = __builtin_convertvector((rounded & number) | (0x7fc0u & ~number), Halves);
+    if (n >= LANES) memcpy(to, &halves, sizeof halves);
+    else memcpy(to, &halves, 2 * (size_t)n);
+}
+
+INLINE float sum_of(Vector x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+/* Tables hold one number per channel: its cosine; its sine, negative for the first of a pair. Returns 1 / length. */
+INLINE float turn(int kind, int64_t size, const void *x, const float *cosine, const float *sine, Vector *to) {
+    Vector squares = {0};
+    for (int64_t e = 0; e < size; e += LANES) {
+        Vector v = load_some(kind, x, e, size - e);
+        Vector u = v * load_some(FLOAT, cosine, e, size - e) + SWAPPED(v) * load_some(FLOAT, sine, e, size - e);
+        to[e / LANES] = u;
+        squares += u * u;
+    }
+    float length = sqrtf(sum_of(squares));
     return 1.0f / (length < SHORTEST ? SHORTEST : length);
 }
 
@@ -301,9 +342,9 @@ INLINE void heads_token(int kind, int64_t parts, int64_t tokens, int64_t heads, 
                 memcpy(out, in, (size_t)(bytes_of(kind) * size));
                 continue;
             }
-            float turned[MAX_SIZE];
+            Vector turned[MAX_SIZE / LANES];
             const float rate = turn(kind, size, in, cosine, sine, turned) * lengths[s * heads + h];
-            EACH(e, size) store(kind, out, e, turned[e] * rate);
+            for (int64_t e = 0; e < size; e += LANES) store_some(kind, out, e, size - e, turned[e / LANES] * rate);
         }
 }
 
@@ -312,7 +353,7 @@ void cosine_heads(int kind, int64_t parts, int64_t tokens, int64_t heads, int64_
     #pragma omp parallel for num_threads(team(threads, parts * tokens * heads * size)) schedule(static)
     for (int64_t k = 0; k < parts * tokens; k++) {
         const int64_t p = k / tokens, t = k % tokens;
-        const float *c = cosine + t * (size / 2), *s = sine + t * (size / 2);
+        const float *c = cosine + t * size, *s = sine + t * size;
         if (kind == FLOAT) heads_token(FLOAT, parts, tokens, heads, size, p, t, qkv, c, s, lengths, y);
         else heads_token(BFLOAT16, parts, tokens, heads, size, p, t, qkv, c, s, lengths, y);
     }
@@ -333,19 +374,17 @@ INLINE void heads_token_back(int kind, int64_t parts, int64_t tokens, int64_t he
                 memcpy(out, g, (size_t)(bytes_of(kind) * size));
                 continue;
             }
-            float turned[MAX_SIZE], along = 0.0f;
+            Vector turned[MAX_SIZE / LANES], products = {0};
             const float rate = turn(kind, size, at(kind, qkv, mine), cosine, sine, turned);
-            _Pragma("omp simd reduction(+ : along)") for (int64_t e = 0; e < size; e++) along += turned[e] * load(kind, g, e);
-            along *= rate;
+            for (int64_t e = 0; e < size; e += LANES) products += turned[e / LANES] * load_some(kind, g, e, size - e);
+            const float along = sum_of(products) * rate, length = lengths[s * heads + h] * rate;
             sums[s * heads + h] += along;
-            const float length = lengths[s * heads + h] * rate;
             /* What is shorter than the shortest is divided by a constant. */
             const float pull = rate < 1.0f / SHORTEST ? along * rate : 0.0f;
-            EACH(i, size / 2) {
-                float u = length * (load(kind, g, 2 * i) - turned[2 * i] * pull);
-                float v = length * (load(kind, g, 2 * i + 1) - turned[2 * i + 1] * pull);
-                store(kind, out, 2 * i, u * cosine[i] + v * sine[i]);
-                store(kind, out, 2 * i + 1, v * cosine[i] - u * sine[i]);
+            for (int64_t e = 0; e < size; e += LANES) {
+                Vector u = length * (load_some(kind, g, e, size - e) - turned[e / LANES] * pull);
+                Vector cosines = load_some(FLOAT, cosine, e, size - e), sines = load_some(FLOAT, sine, e, size - e);
+                store_some(kind, out, e, size - e, u * cosines - SWAPPED(u) * sines);
             }
         }
 }
@@ -360,7 +399,7 @@ void cosine_heads_back(int kind, int64_t parts, int64_t tokens, int64_t heads, i
         float *own = partial + p * 2 * heads;
         for (int64_t h = 0; h < 2 * heads; h++) own[h] = 0.0f;
         for (int64_t t = 0; t < tokens; t++) {
-            const float *c = cosine + t * (size / 2), *s = sine + t * (size / 2);
+            const float *c = cosine + t * size, *s = sine + t * size;
             if (kind == FLOAT)
                 heads_token_back(FLOAT, parts, tokens, heads, size, p, t, qkv, c, s, lengths, above, by_qkv, own);
             else heads_token_back(BFLOAT16, parts, tokens, heads, size, p, t, qkv, c, s, lengths, above, by_qkv, own);

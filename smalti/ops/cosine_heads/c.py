@@ -49,5 +49,8 @@ class _CosineHeads(torch.autograd.Function):
         return by_qkv, None, None, by_lengths.to(inputs[3].dtype)
 
 
-def _as_c_reads(qkv: Tensor, *tables: Tensor) -> list[Tensor]:
-    return [qkv.detach().contiguous(), *(table.detach().float().contiguous() for table in tables)]
+def _as_c_reads(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> list[Tensor]:
+    """Tables with a number per channel, sines negative for the first of a pair."""
+    both = (cos.detach().float(), cos.detach().float()), (-sin.detach().float(), sin.detach().float())
+    tables = [torch.stack(pair, dim=-1).flatten(-2) for pair in both]
+    return [qkv.detach().contiguous(), *tables, lengths.detach().float().contiguous()]
