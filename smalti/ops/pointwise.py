@@ -90,6 +90,8 @@ def differentiable(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the plain form that have gradients themselves, for `create_graph=True`."""
     wanted = [i for i, x in enumerate(inputs) if x.requires_grad]
+    # Views, because one input may have been made from another: only what lies between them and the output counts.
+    inputs = tuple(x.view_as(x) for x in inputs)
     found = torch.autograd.grad(plain(*inputs), [inputs[i] for i in wanted], above, create_graph=True)
     gradients = dict(zip(wanted, found, strict=True))
     return tuple(gradients.get(i) for i in range(len(inputs)))

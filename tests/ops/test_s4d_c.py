@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smalti.ops import s4d, two_way_conv
+from smalti.ops import s4d, s4d_kernel, two_way_conv
 from smalti.ops.s4d import c as twin
 from smalti.ops.s4d import convolve_c, spectrum_c
 
@@ -168,3 +168,54 @@ def test_without_a_compiler_the_transform_takes_its_place(monkeypatch):
     assert s4d.choice(*args) == "fft"
     with pytest.raises(ValueError, match="there is no C compiler"):
         s4d(*args, impl="c")
+
+
+# --- the kernel
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+@pytest.mark.parametrize("states", [1, 16, 21])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 200, 2100])
+def test_kernels_are_at_most_twice_as_wrong_as_the_reference_forward_and_backward(discretization, states, length):
+    args = s4d_kernel.example(1, torch.float32, channels=5, states=states, seed=states)
+    above = torch.randn(5, length, generator=torch.Generator().manual_seed(1))
+    runs = []
+    for impl, given in (("reference", doubles(args)), ("reference", args), ("c", args)):
+        leaves = [a.detach().requires_grad_() for a in given]
+        kernel = s4d_kernel(*leaves, impl=impl, length=length, discretization=discretization)
+        runs.append([kernel.detach(), *torch.autograd.grad(kernel, leaves, above.to(kernel.dtype))])
+    for i, (e, p, f) in enumerate(zip(*runs, strict=True)):
+        assert error(f, e) <= 2 * error(p, e) + 16 * EPS, i
+
+
+def test_steps_and_decays_far_from_the_start_stay_finite():
+    args = [t.detach().clone() for t in s4d_kernel.example(1, torch.float32)]
+    for log_dt, log_decay in ((3.0, 5.0), (-12.0, -12.0), (2.0, -20.0), (0.0, 30.0)):
+        args[0].fill_(log_dt)
+        args[1].fill_(log_decay)
+        leaves = [a.clone().requires_grad_() for a in args]
+        kernel = s4d_kernel(*leaves, impl="c", length=500)
+        gradients = torch.autograd.grad(kernel.square().sum(), leaves)
+        assert kernel.isfinite().all()
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_kernels_do_not_depend_on_threads_and_have_gradients_of_gradients():
+    args = [a.detach().requires_grad_() for a in s4d_kernel.example(1, torch.float32, channels=40)]
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            kernel = s4d_kernel(*args, impl="c", length=100)
+            runs.append([kernel, *torch.autograd.grad(kernel.square().sum(), args, create_graph=True)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    exact = [a.detach().double().requires_grad_() for a in args]
+    first = torch.autograd.grad(
+        s4d_kernel(*exact, impl="reference", length=100).square().sum(), exact, create_graph=True
+    )
+    found = torch.autograd.grad(sum(g.square().sum() for g in runs[0][1:]), args)
+    for f, e in zip(found, torch.autograd.grad(sum(g.square().sum() for g in first), exact), strict=True):
+        assert error(f, e) < 1e-4  # powers of 100 tokens times frequencies of 25 radians, twice

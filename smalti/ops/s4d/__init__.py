@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from smalti.ops.dispatch import Op
-from smalti.ops.s4d.c import convolve_c, refuses_c, spectrum_c, two_way_conv_c
+from smalti.ops.s4d.c import convolve_c, refuses_c, s4d_kernel_c, spectrum_c, two_way_conv_c
 from smalti.ops.s4d.fft import convolve, fft_size, two_way_conv_fft, two_way_spectrum
 from smalti.ops.s4d.layer import both_kernels, s4d_c, s4d_fft, s4d_reference
 from smalti.ops.s4d.reference import Discretization, s4d_kernel_reference, two_way_conv_reference
@@ -14,6 +14,8 @@ from smalti.ops.s4d.two_level import s4d_kernel_two_level
 
 
 def _refuses_kernel(impl: str, args: tuple[Tensor, ...]) -> str:
+    if impl == "c":
+        return refuses_c(*args)
     # Else a counter of matrix products would take the kernel, which is made once for a whole batch, for work per image.
     return "it only pays where there are numbers, got meta tensors" if args[0].device.type == "meta" else ""
 
@@ -83,7 +85,7 @@ def _macs_layer(
 s4d_kernel = Op(
     "s4d_kernel",
     s4d_kernel_reference,
-    {"two_level": s4d_kernel_two_level},
+    {"c": s4d_kernel_c, "two_level": s4d_kernel_two_level},
     _refuses_kernel,
     _example_kernel,
     _macs_kernel,

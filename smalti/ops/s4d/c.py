@@ -1,10 +1,13 @@
-"""Twin of the convolution in C for CPUs (conv.c), compiled at its first use; without a compiler the FFT serves."""
+"""Twins in C for CPUs, of the convolution (conv.c) and the kernel (kernel.c), compiled at their first use.
+
+Without a compiler the FFT and the matrix product in PyTorch take their places.
+"""
 
 import cmath
 import ctypes
 import logging
 import math
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.ops.native import load_native
+from smalti.ops.pointwise import differentiable
 from smalti.ops.s4d.fft import two_way_conv_fft
+from smalti.ops.s4d.reference import Discretization
+from smalti.ops.s4d.two_level import sampled, sum_of_powers
 
 # As in the enum of conv.c.
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-SOURCE = Path(__file__).with_name("conv.c")
+CONV, KERNEL = (Path(__file__).with_name(name) for name in ("conv.c", "kernel.c"))
+
+
+def s4d_kernel_c(
+    log_dt: Float[Tensor, "C"],
+    log_decay: Float[Tensor, "C S"],
+    frequency: Float[Tensor, "C S"],
+    weight: Float[Tensor, "C S 2"],
+    length: int = 1024,
+    discretization: Discretization = "zoh",
+) -> Float[Tensor, "C L"]:
+    """As `s4d_kernel_reference`; powers are made in float64."""
+    system = sampled(log_dt, log_decay, frequency, weight, discretization)
+    return _SumOfPowers.apply(*system, length).to(log_dt.dtype)
 
 
 def two_way_conv_c(
@@ -53,8 +72,8 @@ def refuses_c(*tensors: Tensor) -> str:
 
 @cache
 def unavailable() -> str:
-    """Why there is no library on this machine; "" when there is one."""
-    reason = load_native(SOURCE).reason
+    """Why there are no libraries on this machine; "" when there are."""
+    reason = load_native(CONV).reason or load_native(KERNEL).reason
     if reason:
         logging.getLogger("smalti").warning(
             "state spaces run by FFT in PyTorch, which makes them 3 to 5 times slower than in C: %s", reason
@@ -84,6 +103,27 @@ def convolve_c(x: Float[Tensor, "B N C"], spectrum: Float[Tensor, "S"]) -> Float
     return y
 
 
+class _SumOfPowers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, re: Tensor, im: Tensor, w_re: Tensor, w_im: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(re, im, w_re, w_im)
+        ctx.length = length
+        output = torch.empty(len(re), length, dtype=torch.float32)
+        system = [t.contiguous() for t in (re, im, w_re, w_im)]
+        _run("s4d_powers", *re.shape, length, *system, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        system = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *differentiable(partial(sum_of_powers, length=ctx.length), system, above), None
+        gradients = [torch.empty(t.shape, dtype=torch.float32) for t in system]
+        rooms = [t.contiguous() for t in (*system, above)]
+        _run("s4d_powers_back", *system[0].shape, ctx.length, *rooms, *gradients)
+        return *gradients, None
+
+
 class _TwoWayConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Tensor, backward: Tensor, skip: Tensor) -> Tensor:
@@ -95,11 +135,8 @@ class _TwoWayConv(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, spectrum = ctx.saved_tensors
         x, forward, _, skip = inputs
-        if torch.is_grad_enabled():  # the gradients are to have gradients themselves
-            wanted = [tensor for tensor in inputs if tensor.requires_grad]
-            y = two_way_conv_fft(x.mT, *inputs[1:]).mT
-            found = iter(torch.autograd.grad(y, wanted, above, create_graph=True))
-            return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
+        if torch.is_grad_enabled():
+            return differentiable(lambda x, *rows: two_way_conv_fft(x.mT, *rows).mT, tuple(inputs), above)
         x, above = x.contiguous(), above.contiguous()
         by_x = torch.empty_like(x)
         by_forward, by_backward = torch.empty(2, *forward.shape, dtype=torch.float32)
@@ -111,7 +148,7 @@ class _TwoWayConv(torch.autograd.Function):
 
 def _length(tokens: int, channels: int) -> int:
     """Numbers in a spectrum: channels come in blocks, the last of which may be half empty."""
-    lanes = _library().s4d_lanes()
+    lanes = _function("s4d_lanes")()
     return -(-channels // lanes) * lanes * 2 * _plan(tokens)[0]
 
 
@@ -128,19 +165,26 @@ def _plan(tokens: int) -> tuple[int, int, Tensor]:
 
 def _run(function: str, *arguments: "Tensor | int") -> None:
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    if getattr(_library(), function)(*values, torch.get_num_threads()):
+    if _function(function)(*values, torch.get_num_threads()):
         raise MemoryError("a long convolution found no memory for its sums: use fewer tokens or threads")
 
 
+_INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_ARGUMENTS: dict[str, list[Any]] = {
+    "s4d_lanes": [],
+    "s4d_spectrum": [_SIZE, _SIZE, _POINTER, *[_SIZE] * 2, *[_POINTER] * 4, _INT],
+    "s4d_convolve": [_INT, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, *[_POINTER] * 3, _INT],
+    "s4d_convolve_back": [_INT, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, *[_POINTER] * 7, _INT],
+    "s4d_powers": [*[_SIZE] * 3, *[_POINTER] * 5, _INT],
+    "s4d_powers_back": [*[_SIZE] * 3, *[_POINTER] * 9, _INT],
+}
+
+
 @cache
-def _library() -> ctypes.CDLL:
-    library = load_native(SOURCE).library
+def _function(name: str) -> Any:
+    library = load_native(KERNEL if "powers" in name else CONV).library
     if library is None:
-        raise RuntimeError(f"the C twin of the convolution was called where it refuses to run: {unavailable()}")
-    plan: list[Any] = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    sizes = [ctypes.c_int, *plan, *[ctypes.c_int64] * 3]
-    library.s4d_spectrum.argtypes = [*plan, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 4, ctypes.c_int]
-    library.s4d_spectrum.restype = None
-    library.s4d_convolve.argtypes = [*sizes, *[ctypes.c_void_p] * 3, ctypes.c_int]
-    library.s4d_convolve_back.argtypes = [*sizes, *[ctypes.c_void_p] * 7, ctypes.c_int]
-    return library
+        raise RuntimeError(f"a C twin of the state space was called where it refuses to run: {unavailable()}")
+    function = getattr(library, name)
+    function.argtypes = _ARGUMENTS[name]
+    return function

@@ -325,9 +325,9 @@ static void put_tokens(int kind, const Plan *p, const Sizes *s, const V *in, int
 /* Channels of one block of a spectrum, which holds 2 M vectors for each block. */
 int s4d_lanes(void) { return LANES; }
 
-/* Kernels (C, N) in both directions and skip (C) as one spectrum. */
-void s4d_spectrum(int64_t size, int64_t leaf, const float *turns, int64_t channels, int64_t tokens, const float *forward,
-                  const float *backward, const float *skip, float *spectrum, int threads) {
+/* Kernels (C, N) in both directions and skip (C) as one spectrum; returns 0. */
+int s4d_spectrum(int64_t size, int64_t leaf, const float *turns, int64_t channels, int64_t tokens, const float *forward,
+                 const float *backward, const float *skip, float *spectrum, int threads) {
     const Plan plan = {size, leaf, turns};
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c0 = 0; c0 < channels; c0 += LANES) {
@@ -348,6 +348,7 @@ void s4d_spectrum(int64_t size, int64_t leaf, const float *turns, int64_t channe
         const Walk w = {&plan, CUT, (V *)out, 0, 0, 0};
         walk(&w);
     }
+    return 0;
 }
 
 /* Both return 0, or 1 when there was no memory for their sums. `spectrum` and x are as `s4d_spectrum` and the tokens

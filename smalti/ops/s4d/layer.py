@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.ops.s4d.c import two_way_conv_c
+from smalti.ops.s4d.c import s4d_kernel_c, two_way_conv_c
 from smalti.ops.s4d.fft import two_way_conv_fft
 from smalti.ops.s4d.precision import wide
 from smalti.ops.s4d.reference import Discretization, s4d_kernel_reference, two_way_conv_reference
@@ -43,7 +43,7 @@ def s4d_c(
 ) -> Float[Tensor, "B C N"]:
     """As `s4d_reference`; token-major in memory is what it reads and writes."""
     rows = (log_dt, log_decay, frequency, weight)
-    kernels = both_kernels(s4d_kernel_two_level, *rows, x.shape[2], discretization)
+    kernels = both_kernels(s4d_kernel_c, *rows, x.shape[2], discretization)
     return two_way_conv_c(x, *kernels, skip)
 
 
