@@ -44,10 +44,15 @@ def save_grid(images: Float[Tensor, "N 3 H W"], path: Path, *, columns: int) -> 
     _save(sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST), path)
 
 
-def first_columns(sheet: Image.Image, columns: int, *, of: int, width: int) -> Image.Image:
-    """The left part of a grid of `of` columns of images of this width, whatever whole number it was enlarged by."""
-    factor = sheet.width / (of * (width + GAP) + GAP)
-    return sheet.crop((0, 0, round(factor * (columns * (width + GAP) + GAP)), sheet.height))
+def first_of_rows(sheet: Image.Image, *, columns: int, width: int) -> Image.Image:
+    """The first image of each row of a grid, side by side; the grid has square images of this width and `columns`."""
+    factor = sheet.width / (columns * (width + GAP) + GAP)  # the whole number by which it was enlarged
+    step, gap = round(factor * (width + GAP)), round(factor * GAP)
+    rows = (sheet.height - gap) // step
+    strip = Image.new("RGB", (rows * step + gap, step + gap), sheet.getpixel((0, 0)))
+    for row in range(rows):
+        strip.paste(sheet.crop((0, row * step, step + gap, (row + 1) * step + gap)), (row * step, 0))
+    return strip.resize((round(strip.width / factor), round(strip.height / factor)), Image.Resampling.NEAREST)
 
 
 def save_image(image: Float[Tensor, "3 H W"], path: Path) -> None:

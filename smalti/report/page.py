@@ -18,7 +18,7 @@ COLOURS = ("#2563eb", "#d9480f", "#0f9d77", "#a21caf", "#64748b", "#b45309")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Samples with the same seeds at one moment of the run."""
+    """Samples with the same seeds at one moment of the run, side by side."""
 
     caption: str
     url: str
@@ -111,7 +111,13 @@ def render(page: ComparisonPage) -> str:
             _cost(page),
         ),
         _section("What they learned, and when", "The same seeds at several moments of each run.", _snapshots(page)),
-        _section("Learned or remembered?", _nearness_text(page), _neighbours(page)),
+        _section(
+            "Learned or remembered?",
+            "Median distance to the nearest training image, in grey levels per pixel. What lies nearer than nine in ten "
+            "held-out images do may be a copy. Below, left of each pair a sample, right the training image nearest to "
+            "it, one pair a class.",
+            _nearness(page) + _neighbours(page),
+        ),
         _section("Settings", "", _settings(page.settings)),
     ]
     head = [
@@ -135,7 +141,7 @@ def _strip(images: Float[Tensor, "N 3 H W"], alt: str, *, size: int) -> str:
 
 
 def _samples(page: ComparisonPage) -> str:
-    columns = f"style='grid-template-columns: 130px repeat({len(page.networks)}, 1fr)'"
+    columns = f"style='grid-template-columns: 100px repeat({len(page.networks)}, 1fr)'"
     cells = ["<span></span>", *(f"<b>{_dot(k)}{escape(n.name)}</b>" for k, n in enumerate(page.networks))]
     for row, name in enumerate(page.class_names):
         cells.append(f"<span>{escape(name)}</span>")
@@ -200,30 +206,29 @@ def _snapshots(page: ComparisonPage) -> str:
     rows = []
     for n in page.networks:
         figures = "".join(_figure(snapshot) for snapshot in n.snapshots)
-        rows.append(_row(n.name, f"<div class='panels'>{figures}</div>"))
+        rows.append(_row(n.name, f"<div class='moments'>{figures}</div>"))
     return "".join(rows)
 
 
 def _figure(snapshot: Snapshot) -> str:
     caption = escape(snapshot.caption)
-    return f"<figure><img src='{snapshot.url}' alt='{caption}'><figcaption>{caption}</figcaption></figure>"
+    return (
+        f"<figure><figcaption>{caption}</figcaption><img class='strip' src='{snapshot.url}' alt='{caption}'></figure>"
+    )
 
 
 def _row(name: str, content: str) -> str:
     return f"<div class='row'><span>{escape(name)}</span>{content}</div>"
 
 
-def _nearness_text(page: ComparisonPage) -> str:
-    each = "; ".join(
-        f"{n.name} {n.nearness.samples:.1f}, and {n.nearness.copies} of {n.nearness.count} samples nearer than nine in "
-        "ten held-out images, which may be copies"
-        for n in page.networks
-    )
-    return (
-        "Left of each pair a sample, right the training image nearest to it, one pair a class. Median distance to the "
-        f"nearest training image, in grey levels per pixel: held-out real images "
-        f"{page.networks[0].nearness.held_out:.1f}; {each}."
-    )
+def _nearness(page: ComparisonPage) -> str:
+    real = page.networks[0].nearness.held_out
+    rows = [f"<tr><th>held-out real images</th><td>{real:.1f}</td><td></td></tr>"]
+    for k, n in enumerate(page.networks):
+        near = f"{n.nearness.copies} of {n.nearness.count}"
+        rows.append(f"<tr><th>{_dot(k)}{escape(n.name)}</th><td>{n.nearness.samples:.1f}</td><td>{near}</td></tr>")
+    head = "<tr><th>images</th><th>median distance</th><th>may be copies</th></tr>"
+    return f"<div class='wide'><table>{head}{''.join(rows)}</table></div>"
 
 
 def _neighbours(page: ComparisonPage) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from smalti import __version__
 from smalti.config import to_dict
-from smalti.cost.macs import count_macs
+from smalti.cost.macs import count_macs, count_parameters
 from smalti.data import load_image_set, split
 from smalti.data.pixels import read_images
 from smalti.models import config_of
-from smalti.report.images import data_url, first_columns, save_grid
+from smalti.report.images import data_url, first_of_rows, save_grid
 from smalti.report.page import ComparisonPage, Nearness, NetworkRun, Snapshot
 from smalti.training.config import RunConfig
 from smalti.training.device import resolve_device
@@ -132,7 +132,7 @@ def _network(
         copies=int((distances < held_out_distances.quantile(0.1)).sum()),
         count=len(samples),
     )
-    parameters = sum(p.numel() for p in result.model.parameters() if p.requires_grad)
+    parameters = count_parameters(model).trained
     macs = count_macs(model, batch_size=config.batch_size).total
     seconds = 60 * minutes / config.steps
     cost = [
@@ -194,11 +194,11 @@ def nearest_images(images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _snapshots(config: RunConfig, width: int) -> list[Snapshot]:
-    """The run's previews, two samples a class, so that they fit beside each other."""
+    """The run's previews, one sample a class, as one strip each."""
     snapshots = []
     for path in sorted((config.out / "samples").glob("step-*.png")):
         with Image.open(path) as sheet:
-            part = first_columns(sheet, 2, of=PREVIEW_COLUMNS, width=width)
+            part = first_of_rows(sheet, columns=PREVIEW_COLUMNS, width=width)
         snapshots.append(Snapshot(f"step {int(path.stem.removeprefix('step-')):,}", data_url(part)))
     return snapshots
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from smalti.errors import StorageError
 from smalti.report.charts import HEIGHT, WIDTH, Series, line_chart
-from smalti.report.images import data_url, grid, save_grid, save_image, to_pil
+from smalti.report.images import data_url, first_of_rows, grid, save_grid, save_image, to_pil
 from smalti.report.page import ComparisonPage, Nearness, NetworkRun, Snapshot, render
 
 # --- charts
@@ -139,6 +139,15 @@ def test_a_grid_is_filled_row_by_row_with_gaps_around(count, columns, rows):
     assert (sheet[ground] == 235).all()
 
 
+@pytest.mark.parametrize("factor", [1, 3])
+def test_the_first_of_each_row_stand_side_by_side_in_their_own_size(factor):
+    values = torch.linspace(-1, 1, 12).view(-1, 1, 1, 1).expand(-1, 3, 6, 6)
+    sheet = grid(values, columns=4)
+    sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
+    strip = first_of_rows(sheet, columns=4, width=6)
+    assert (np.asarray(strip) == np.asarray(grid(values[::4], columns=3))).all()
+
+
 def test_a_small_grid_is_enlarged_by_a_whole_number_and_a_large_one_is_not(tmp_path):
     save_grid(flat(0.5, 4), tmp_path / "deep" / "small.png", columns=2)
     with Image.open(tmp_path / "deep" / "small.png") as image:
@@ -263,7 +272,8 @@ def test_every_section_is_there_with_its_content(html):
     for name in ("Net &lt;A&gt;", "Net B"):
         assert f"alt='{name}: samples of Birds'" in html
         assert f"</i>{name}</th><td>1.5 M</td>" in html
-    assert "held-out real images 31.5; Net &lt;A&gt; 20.2" in html
+    assert "<th>held-out real images</th><td>31.5</td>" in html
+    assert "</i>Net &lt;A&gt;</th><td>20.2</td><td>2 of 8</td>" in html
     assert html.count("<svg") == 2
     assert html.count("class='pair'") == 2 * 2  # one a class and network
 
@@ -272,7 +282,7 @@ def test_each_network_has_one_colour_everywhere(html):
     first, second = re.findall(r"class='dot' style='background:(#\w+)'", html)[:2]
     assert first != second
     assert html.count(f"solid {first}") == html.count(f"solid {second}") == 2  # the legends of both charts
-    assert html.count(f"background:{first}") == html.count(f"background:{second}") == 2  # samples and cost
+    assert html.count(f"background:{first}") == html.count(f"background:{second}") == 3  # samples, cost, nearness
 
 
 def test_what_is_shown_cannot_become_markup(html):
