@@ -113,9 +113,9 @@ def render(page: ComparisonPage) -> str:
         _section("What they learned, and when", "The same seeds at several moments of each run.", _snapshots(page)),
         _section(
             "Learned or remembered?",
-            "Median distance to the nearest training image, in grey levels per pixel. What lies nearer than nine in ten "
-            "held-out images do may be a copy. Below, left of each pair a sample, right the training image nearest to "
-            "it, one pair a class.",
+            "Median distance to the nearest training image, in grey levels per pixel. What lies nearer than nine in "
+            "ten held-out images do may be a copy. Below, left of each pair a sample, right the training image nearest "
+            "to it, one pair a class.",
             _nearness(page) + _neighbours(page),
         ),
         _section("Settings", "", _settings(page.settings)),

@@ -266,7 +266,6 @@ def test_every_section_is_there_with_its_content(html):
         "step 10",
         "best linear denoiser",
         "mean image",
-        "of 8 samples",
     ):
         assert said in html
     for name in ("Net &lt;A&gt;", "Net B"):
