@@ -97,12 +97,11 @@ INLINE float expf_negative(float x) {
     return p * scale.number + scale.number;
 }
 
-/* e^x for x <= 0, to 2 ulp; below -708 it is 0. */
-INLINE double exp_negative(double x) {
-    double clamped = x < -708.0 ? -708.0 : x;
-    double shifted = clamped * 1.4426950408889634 + 6755399441055744.0;
+/* e^x = (1 + tail) scale for |x| <= 708, with scale a power of two and the tail small. */
+INLINE double exp_parts(double x, double *scale) {
+    double shifted = x * 1.4426950408889634 + 6755399441055744.0;
     double n = shifted - 6755399441055744.0;
-    double r = (clamped - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
+    double r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
     double p = 1.6059043836821613e-10; /* 1/13! and on: |r| <= 0.35 leaves 4e-18 */
     p = p * r + 2.08767569878681e-09;
     p = p * r + 2.505210838544172e-08;
@@ -115,10 +114,16 @@ INLINE double exp_negative(double x) {
     p = p * r + 0.041666666666666664;
     p = p * r + 0.16666666666666666;
     p = p * r + 0.5;
-    p = (p * r) * r + r;
-    union { double number; uint64_t bits; } scale = {shifted};
-    scale.bits = (scale.bits + 1023u) << 52;
-    double y = p * scale.number + scale.number;
+    union { double number; uint64_t bits; } power = {shifted};
+    power.bits = (power.bits + 1023u) << 52;
+    *scale = power.number;
+    return (p * r) * r + r;
+}
+
+/* e^x for x <= 0, to 2 ulp; below -708 it is 0. */
+INLINE double exp_negative(double x) {
+    double scale, tail = exp_parts(x < -708.0 ? -708.0 : x, &scale);
+    double y = tail * scale + scale;
     return x < -708.0 ? 0.0 : y;
 }
 
@@ -225,9 +230,12 @@ INLINE void forward_plain(int kind, int lanes, const Work *w, int64_t at, const 
 }
 
 INLINE void rates(int lanes, const Work *w, int c0, float *rate, float *own) {
-    for (int c = 0; c < lanes; c++) {
-        rate[c] = (float)expm1(-w->decay[c0 + c]);
-        own[c] = (float)exp(w->bonus[c0 + c]);
+    const double *decay = w->decay + c0, *bonus = w->bonus + c0; /* at most PLAIN_RANGE */
+    EACH_LANE {
+        double scale, tail = exp_parts(-decay[c], &scale);
+        rate[c] = (float)(tail * scale + (scale - 1.0));
+        tail = exp_parts(bonus[c], &scale);
+        own[c] = (float)(tail * scale + scale);
     }
 }
 

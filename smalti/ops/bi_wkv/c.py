@@ -80,7 +80,8 @@ class _BiWKV(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _gradients(*ctx.saved_tensors, above)
+        decay, bonus, key, value = ctx.saved_tensors
+        return _gradients(decay, bonus, key, value, above)
 
 
 # For those who look at what PyTorch calls: compilers, tensors of other kinds.
@@ -130,7 +131,7 @@ def _tokens(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[T
 
 def _run(function: str, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> None:
     # Named here, because the addresses below do not keep these copies alive.
-    parameters = decay.double().contiguous(), bonus.double().contiguous()
+    parameters = [x.detach().double().contiguous() for x in (decay, bonus)]
     addresses = [x.data_ptr() for x in (*parameters, key, value, *others)]
     if getattr(_library(), function)(KINDS[key.dtype], *key.shape, *addresses, torch.get_num_threads()):
         raise MemoryError("Bi-WKV found no memory for its states: use a smaller batch or fewer tokens")
