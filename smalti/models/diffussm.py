@@ -30,8 +30,13 @@ from smalti.nn.conditioning import (
 from smalti.nn.embeddings import PatchEmbed, patchify, sincos_2d
 from smalti.nn.layers import Grid, Head, Norm, linear
 from smalti.nn.mixers import BiSSMConfig, MixerConfig, Place, build_mixer
+from smalti.ops import gelu_product
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": gelu_product,
+    "silu": lambda a, b: F.silu(a) * F.silu(b),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +214,7 @@ class DiffuSSMBlock(nn.Module):
         self.fusion = HourglassFusion(c)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B K"], context: Float[Tensor, "B T D"], grid: Grid
+        self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B K"], context: Float[Tensor, "B T K"], grid: Grid
     ) -> Float[Tensor, "B N D"]:
         x = self.context(x, context)
         (m,) = self.modulation(cond)
@@ -266,7 +271,7 @@ class HourglassFusion(nn.Module):
 
     def __init__(self, c: DiffuSSMConfig) -> None:
         super().__init__()
-        self.run, self.activation, d = c.hourglass, _ACTIVATIONS[c.activation], c.hidden_size
+        self.run, self.activation, d = c.hourglass, c.activation, c.hidden_size
         part = 2 * d // c.hourglass if c.gather == "2d" else d
         self.down = nn.ModuleList(linear(d, part) for _ in range(c.hourglass))
         self.own = linear(d, 2 * d)
@@ -277,8 +282,9 @@ class HourglassFusion(nn.Module):
 
     def forward(self, short: Float[Tensor, "B J D"], mixed: Float[Tensor, "B N D"]) -> Float[Tensor, "B S D"]:
         runs = mixed.unflatten(1, (-1, self.run)).unbind(2)
-        gathered = self.activation(torch.cat([down(y) for down, y in zip(self.down, runs, strict=True)], dim=-1))
-        fused = self.out(self.activation(self.gathered(gathered)) * self.activation(self.own(short)))  # (B, J, D)
+        gathered = torch.cat([down(y) for down, y in zip(self.down, runs, strict=True)], dim=-1)
+        gathered = self.gathered(_ACTIVATIONS[self.activation](gathered))
+        fused = self.out(_PRODUCTS[self.activation](gathered, self.own(short)))  # (B, J, D)
         if self.up is not None:
             return self.up(fused).unflatten(2, (self.stream_run, -1)).flatten(1, 2)
         # Not repeat_interleave, whose gradient is slow.

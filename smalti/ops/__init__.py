@@ -8,6 +8,7 @@ from smalti.ops.depthwise import depthwise
 from smalti.ops.dispatch import Op, force
 from smalti.ops.gated_add import gated_add
 from smalti.ops.gelu import gelu
+from smalti.ops.gelu_product import gelu_product
 from smalti.ops.quad_shift import quad_shift
 from smalti.ops.rotary import rotary
 from smalti.ops.s4d import s4d, s4d_kernel, two_way_conv
@@ -26,6 +27,7 @@ OPS: dict[str, Op] = {
         depthwise,
         gated_add,
         gelu,
+        gelu_product,
         quad_shift,
         rotary,
         s4d,
@@ -50,6 +52,7 @@ __all__ = [
     "force",
     "gated_add",
     "gelu",
+    "gelu_product",
     "quad_shift",
     "rotary",
     "s4d",

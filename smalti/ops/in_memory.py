@@ -38,7 +38,8 @@ def plain_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the plain form, where the twin has none of its own."""
     with torch.enable_grad():
-        sources = inputs if create_graph else tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
+        # Views, because one input may have been made from another: only what lies between them and the output counts.
+        sources = tuple(x.view_as(x) if create_graph else x.detach().requires_grad_(x.requires_grad) for x in inputs)
         y = plain(*sources)
         wanted = [x for x in sources if x.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, above.to(y.dtype), create_graph=create_graph))

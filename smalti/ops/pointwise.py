@@ -20,6 +20,8 @@ _INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _ROWS = [_INT, _INT, _SIZE, _SIZE, _SIZE, _SIZE]  # two types, batch, tokens, channels, stride of the modulation
 _ARGUMENTS = {
     "gelu": [_INT, _INT, _SIZE, _POINTER, _POINTER, _POINTER, _INT],
+    "gelu_product": [_INT, _SIZE, *[_POINTER] * 3, _INT],
+    "gelu_product_back": [_INT, _SIZE, *[_POINTER] * 5, _INT],
     "adaln": [*_ROWS, _POINTER, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT],
     "adaln_back": [*_ROWS, *[_POINTER] * 7, _INT],
     "gated_add": [*_ROWS, *[_POINTER] * 4, _INT],

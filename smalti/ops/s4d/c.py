@@ -15,14 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smalti.ops.in_memory import KINDS, refuses_memory
 from smalti.ops.native import load_native
 from smalti.ops.pointwise import differentiable
 from smalti.ops.s4d.fft import two_way_conv_fft
 from smalti.ops.s4d.reference import Discretization
 from smalti.ops.s4d.two_level import sampled, sum_of_powers
 
-# As in the enum of conv.c.
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
 CONV, KERNEL = (Path(__file__).with_name(name) for name in ("conv.c", "kernel.c"))
 
 
@@ -54,17 +53,8 @@ def two_way_conv_c(
 
 def refuses_c(*tensors: Tensor) -> str:
     """Why the C twin cannot take these inputs on this machine; "" when it can. Compiles it when first asked."""
-    if torch.compiler.is_compiling():
-        return "the compiler takes PyTorch's form"
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return f"it is for CPUs, got {tensor.device.type}"
-        if tensor.dtype not in KINDS:
-            return f"it takes {', '.join(str(dtype) for dtype in KINDS)}, got {tensor.dtype}"
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"it reads memory, which a {type(tensor).__name__} may not have"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func needs a form that it can transform"
+    if reason := refuses_memory(*tensors):
+        return reason
     if tensors[0].shape[-1] == 0:
         return f"there is nothing to convolve, got shape {tuple(tensors[0].shape)}"
     return unavailable()

@@ -35,7 +35,7 @@ typedef float V __attribute__((vector_size(BYTES)));
 typedef uint32_t U __attribute__((vector_size(BYTES)));
 typedef uint16_t H __attribute__((vector_size(BYTES / 2)));
 
-/* Element types of the token tensors; keep in step with c.py. */
+/* Element types of the token tensors; keep in step with in_memory.py. */
 enum { FLOAT = 0, BFLOAT16 = 1 };
 
 /* M, c, and for each node k of the tree the constant r = e^{i angle(k) / 2}, real and imaginary part, where
