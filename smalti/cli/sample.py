@@ -26,6 +26,9 @@ class Sample:
     """Images at once; part of what makes the bits, so it is recorded."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster on GPUs and on CPUs with bf16 units; part of what makes the bits."""
+    inference: Literal["none", "eager", "frozen"] = "none"
+    """The network as it was trained, merged and packed for speed (eager), or compiled as well (frozen, within minutes,
+    for many images); the bits differ from mode to mode, so it is recorded."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     sampling: SamplingConfig = field(
@@ -43,5 +46,6 @@ class Sample:
             micro_batch=self.micro_batch,
             device=self.device,
             precision=self.precision,
+            inference=self.inference,
         )
         print(grid)

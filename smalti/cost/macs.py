@@ -6,7 +6,7 @@ Gflops. docs/numbers.md says what counts.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from smalti.cost.trial import OpShapes, on_meta, try_forward, weights_on_meta
-from smalti.models import Backbone, BackboneConfig, build_backbone, config_of
+from smalti.models import Backbone, BackboneConfig, Fusable, build_backbone, config_of
 from smalti.ops.dispatch import Op
 
 # What the papers' tables count. Transforms, recurrences and kernels come on top and are shown beside.
 PUBLISHED_KINDS = ("linear", "conv", "attention")
-
-
-@runtime_checkable
-class Fusable(Protocol):
-    """A network with another form of the same function for inference, in fewer numbers."""
-
-    def fuse(self) -> nn.Module:
-        """A new module; the network itself is left as it is."""
-        ...
 
 
 @dataclass(frozen=True)

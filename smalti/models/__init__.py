@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from smalti.models.base import Backbone, BackboneConfig
+from smalti.models.base import Backbone, BackboneConfig, Fusable
 from smalti.models.diffussm import DiffuSSM, DiffuSSMConfig
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.drwkv import DRWKV, DRWKVConfig
+from smalti.models.inference import InferenceForm, InferenceMode, compile_refusal, inference_form
 from smalti.models.udit import UDiT, UDiTConfig
 
 
@@ -54,8 +55,13 @@ __all__ = [
     "DiTConfig",
     "DiffuSSM",
     "DiffuSSMConfig",
+    "Fusable",
+    "InferenceForm",
+    "InferenceMode",
     "UDiT",
     "UDiTConfig",
     "build_backbone",
+    "compile_refusal",
     "config_of",
+    "inference_form",
 ]

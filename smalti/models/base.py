@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -62,4 +62,13 @@ class Backbone(Protocol):
 
         Each has `branches()`: its modules whose output is added to the residual stream, perhaps behind a gate.
         """
+        ...
+
+
+@runtime_checkable
+class Fusable(Protocol):
+    """A network with another form of the same function for inference, in fewer numbers."""
+
+    def fuse(self) -> nn.Module:
+        """A new module; the network itself is left as it is."""
         ...

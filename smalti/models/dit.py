@@ -159,7 +159,7 @@ class DiTBlock(nn.Module):
         self.mlp = MLP(c.hidden_size, c.mlp_ratio)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], context: Float[Tensor, "B L D"], grid: Grid
+        self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B K"], context: Float[Tensor, "B L K"], grid: Grid
     ) -> Float[Tensor, "B N D"]:
         m1, m2 = self.modulation(cond)
         x = add_branch(x, self.mixer(self.norm1(x, m1), grid), m1)

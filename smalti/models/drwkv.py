@@ -177,7 +177,7 @@ class DRWKVBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B N D"],
-        cond: Float[Tensor, "B D"],
+        cond: Float[Tensor, "B K"],
         grid: Grid,
         skip: Float[Tensor, "B N D"] | None = None,
     ) -> Float[Tensor, "B N D"]:

@@ -212,7 +212,7 @@ class UDiTBlock(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(UDiTLayer(c, hidden_size, place) for place in places)
 
-    def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], grid: Grid) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B K"], grid: Grid) -> Float[Tensor, "B N D"]:
         for layer in self.layers:
             x = layer(x, cond, grid)
         return x
@@ -231,7 +231,7 @@ class UDiTLayer(nn.Module):
         self.mixer = build_mixer(c.mixer, hidden_size, place)
         self.mlp = MLPS[c.mlp](hidden_size, int(hidden_size * c.mlp_ratio))
 
-    def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], grid: Grid) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B K"], grid: Grid) -> Float[Tensor, "B N D"]:
         m1, m2 = self.modulation(cond)
         x = add_branch(x, self.mixer(self.norm1(x, m1), grid), m1)
         return add_branch(x, self.mlp(self.norm2(x, m2), grid), m2)
@@ -316,7 +316,7 @@ class UDiTHead(nn.Module):
         self.out = conv(hidden_size, out_channels)
         nn.init.zeros_(self.out.weight)
 
-    def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], grid: Grid) -> Float[Tensor, "B O H W"]:
+    def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B K"], grid: Grid) -> Float[Tensor, "B O H W"]:
         (m,) = self.modulation(cond)
         x = self.norm(as_tokens(self.conv(as_plane(x, grid))), m)
         return self.out(as_plane(x, grid)).contiguous()

@@ -1,7 +1,8 @@
 """How a network hears of the noise level and the class: embeddings, adaLN, adaLN-Zero, cross-attention.
 
 Conditioning is parts, not a switch. A block asks its modulation part for one `Modulation` per branch (or None, when
-the conditioning does not work through the norms) and calls its context part (which may do nothing).
+the conditioning does not work through the norms) and calls its context part (which may do nothing). `cond` is for the
+modulation part alone: (B, D), or, in an inference form, (B, K) with what all modulation parts would make of it.
 
 Source: Peebles & Xie 2023, arXiv:2212.09748, sec. 3.2 and fig. 3.
 """
@@ -51,9 +52,14 @@ class AdaLN(nn.Module):
         nn.init.zeros_(self.linear.weight) if zero else nn.init.xavier_uniform_(self.linear.weight)
 
     def forward(self, cond: Float[Tensor, "B D"]) -> tuple[Modulation, ...]:
-        chunks = self.linear(F.silu(cond)).unsqueeze(1).chunk(self.branches * self.parts, dim=-1)
-        rows = (chunks[i : i + self.parts] for i in range(0, len(chunks), self.parts))
-        return tuple(Modulation(row[0], row[1], row[2] if self.parts == 3 else None) for row in rows)
+        return split_modulation(self.linear(F.silu(cond)), self.branches, self.parts)
+
+
+def split_modulation(told: Float[Tensor, "B K"], branches: int, parts: int) -> tuple[Modulation, ...]:
+    """Shift, scale and, as a third part, gate of each branch, which stand one behind the other."""
+    chunks = told.unsqueeze(1).chunk(branches * parts, dim=-1)
+    rows = (chunks[i : i + parts] for i in range(0, len(chunks), parts))
+    return tuple(Modulation(row[0], row[1], row[2] if parts == 3 else None) for row in rows)
 
 
 class NoModulation(nn.Module):
@@ -65,7 +71,7 @@ class NoModulation(nn.Module):
         super().__init__()
         self.branches = branches
 
-    def forward(self, cond: Float[Tensor, "B D"]) -> tuple[None, ...]:
+    def forward(self, cond: Float[Tensor, "B K"]) -> tuple[None, ...]:
         return (None,) * self.branches
 
 
@@ -92,7 +98,7 @@ class CrossAttention(nn.Module):
 class NoContext(nn.Module):
     """For blocks without cross-attention."""
 
-    def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D"]) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L K"]) -> Float[Tensor, "B N D"]:
         return x
 
 
@@ -133,7 +139,7 @@ class Conditioning(nn.Module):
 
     def __init__(self, hidden_size: int, num_classes: int, *, null_class: bool = True, closed: bool = False) -> None:
         super().__init__()
-        self.num_classes, self.null_class = num_classes, null_class
+        self.hidden_size, self.num_classes, self.null_class = hidden_size, num_classes, null_class
         self.timestep = TimestepEmbedding(hidden_size, closed=closed)
         self.label = nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
         if self.label is not None:

@@ -84,7 +84,7 @@ class Head(nn.Module):
         self.norm = Norm(hidden_size, affine=not modulation.adaptive)
         self.out = zero_init(linear(hidden_size, patch_size**2 * out_channels))  # the network starts by saying zero
 
-    def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B D"], grid: Grid) -> Float[Tensor, "B O H W"]:
+    def forward(self, x: Float[Tensor, "B N D"], cond: Float[Tensor, "B K"], grid: Grid) -> Float[Tensor, "B O H W"]:
         m: Modulation | None
         (m,) = self.modulation(cond)
         return unpatchify(self.out(self.norm(x, m)), grid, self.patch_size)

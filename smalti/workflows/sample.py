@@ -1,9 +1,9 @@
 """`sample`: from a stored model to images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -16,7 +16,7 @@ from smalti.config import did_you_mean, from_dict, to_dict
 from smalti.diffusion.levels import build_schedule
 from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import CheckpointError, ConfigError
-from smalti.models import BackboneConfig, config_of
+from smalti.models import BackboneConfig, InferenceForm, InferenceMode, config_of, inference_form
 from smalti.presets import list_models
 from smalti.report.files import write_text
 from smalti.report.images import save_grid, save_image
@@ -50,6 +50,16 @@ class Source:
     def null_class(self) -> int | None:
         c = self.config
         return c.num_classes if c.num_classes and c.null_class else None
+
+    def for_inference(self, mode: InferenceMode = "eager", precision: str = "fp32") -> "Source":
+        """The same with `smalti.models.inference_form` of its network, to be kept for all calls of `sample`.
+
+        Args:
+            precision: of the weights; what `sample` is told no longer matters.
+        """
+        return replace(
+            self, model=inference_form(self.model, dtype=autocast_dtype(precision) or torch.float32, mode=mode)
+        )
 
 
 def load_source(path: Path, device: torch.device) -> Source:
@@ -123,7 +133,7 @@ def sample(
         null_class=source.null_class,
         micro_batch=micro_batch,
         device=device,
-        autocast=autocast_dtype(precision),
+        autocast=None if isinstance(source.model, InferenceForm) else autocast_dtype(precision),
         on_step=on_step,
     )
     return (ImageBatch(b.latents.cpu(), b.class_labels, b.seeds) for b in batches)
@@ -161,6 +171,7 @@ def sample_to_folder(
     micro_batch: int,
     device: str,
     precision: str = "fp32",
+    inference: Literal["none"] | InferenceMode = "none",
 ) -> Path:
     """Write `SEED.png` for each seed, `grid.png` and `sample.yaml`; returns the path of the grid.
 
@@ -175,6 +186,8 @@ def sample_to_folder(
         raise ConfigError(f"--out {out} is a file; give a folder")
     source = load_source(model, where)
     labels = read_classes(source, classes, len(numbers), numbers)
+    if inference != "none":
+        source = source.for_inference(inference, precision)
     settings = {
         "model": str(model),
         "seeds": seeds,
@@ -183,6 +196,7 @@ def sample_to_folder(
         # what else decides the bits
         "micro_batch": micro_batch,
         "precision": precision,
+        "inference": source.model.mode if isinstance(source.model, InferenceForm) else "none",
         "device": str(where),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),

@@ -1,7 +1,5 @@
 """A network that is ready to be timed: inputs of the right shape, a forward as in sampling, a step as in training."""
 
-from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -10,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from smalti import streams
-from smalti.cost import Fusable, Gemm, count_macs, measure_interleaved, peak_memory, peak_memory_refusal
+from smalti.cost import Gemm, count_macs, measure_interleaved, peak_memory, peak_memory_refusal
 from smalti.diffusion import LevelBatch, ObjectiveConfig, build_schedule
 from smalti.errors import ConfigError
-from smalti.models import BackboneConfig, build_backbone
+from smalti.models import BackboneConfig, InferenceForm, InferenceMode, build_backbone, compile_refusal, inference_form
 from smalti.training import EMA, RunConfig, TrainState, train_steps
 from smalti.training.batches import BatchSource, TrainBatch
 from smalti.training.device import autocast
 from smalti.training.optim import build_optimizer
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
-Mode = Literal["eager", "compiled", "frozen"]
+Mode = InferenceMode
 Work = Literal["forward", "training"]
 
 TRAINING_FORWARDS = 3  # the backward pass has two products for each one of the forward
@@ -65,8 +63,8 @@ class TimedNetwork:
     """A freshly built network with inputs.
 
     Args:
-        precision: fp32; bf16 = autocast around float32 weights; bf16-weights = everything in bfloat16.
-        mode: eager; compiled by torch.compile; frozen = compiled with the weights packed in as constants.
+        precision: fp32; bf16 = autocast around float32 weights; bf16-weights = the inference form in bfloat16.
+        mode: of the inference form, and "compiled" also of training.
     """
 
     def __init__(
@@ -85,17 +83,22 @@ class TimedNetwork:
         eps = normal(*x0.shape)
         self._batches = FixedBatches(TrainBatch(x0, labels, eps, levels, range(batch)))
         self._precision, self._mode, self._device = precision, mode, device
-        self._inference: Callable[..., Tensor] | None = None
+        self._inference: InferenceForm | None = None
         self._steps: Any = None
 
     def forward(self) -> Tensor:
-        """As in sampling: no gradients, and the inference form where the network has one."""
-        with torch.no_grad(), autocast(self._device, self._precision):
-            if self._inference is not None:
-                return self._inference(self._latents, self._timesteps, self._labels)
-            self._inference = self._build_inference()
-            with torch._inductor.config.patch(freezing=self._mode == "frozen"):  # read when the first call compiles
-                return self._inference(self._latents, self._timesteps, self._labels)
+        """As in sampling with an inference form.
+
+        Raises:
+            ConfigError: nothing can be compiled here, and the mode asks for it.
+        """
+        if self._inference is None:
+            dtype = torch.bfloat16 if self._precision == "bf16-weights" else torch.float32
+            self._inference = inference_form(self._model, dtype=dtype, mode=self._mode)
+            if self._inference.mode != self._mode:
+                raise ConfigError(f"mode {self._mode!r}: {compile_refusal(self._device)}")
+        with autocast(self._device, self._precision):
+            return self._inference(self._latents, self._timesteps, self._labels)
 
     def training_step(self) -> object:
         """One turn of the loop that `smalti train` runs, without reading images.
@@ -113,16 +116,6 @@ class TimedNetwork:
                 self._model.compile(dynamic=False)
             self._steps = train_steps(state, self._batches, run)
         return next(self._steps)
-
-    def _build_inference(self) -> Callable[..., Tensor]:
-        model = self._model.fuse() if isinstance(self._model, Fusable) else self._model
-        if self._precision == "bf16-weights":
-            model = deepcopy(model).to(torch.bfloat16)
-            self._latents = self._latents.to(torch.bfloat16)
-        if self._mode == "eager":
-            return model
-        torch.compiler.reset()  # else code compiled for another network of this class, perhaps not frozen, serves again
-        return torch.compile(model, dynamic=False)
 
 
 class FixedBatches(BatchSource):

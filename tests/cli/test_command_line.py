@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -385,6 +386,25 @@ def test_samples_come_with_a_grid_and_the_settings_that_made_them(trained, tmp_p
     small = (2 * 34 + 2, 3 * 34 + 2)  # two columns for five images
     with Image.open(tmp_path / "grid.png") as image:
         assert image.size == tuple(side * (800 // max(small)) for side in small)
+
+
+def test_an_inference_form_draws_the_same_pictures_but_for_rounding_whatever_the_split(trained, tmp_path):
+    common = ["--micro-batch", "4", *SAMPLING]
+    shown = {}
+    for name, extra in {"none": [], "eager": ["eager"], "bf16": ["eager", "--precision", "bf16"]}.items():
+        flag = ["--inference", *extra] if extra else []
+        assert main(["sample", str(trained), "--seeds", "0-5", "--out", str(tmp_path / name), *common, *flag]) == 0
+        settings = yaml.safe_load((tmp_path / name / "sample.yaml").read_text())
+        assert settings["inference"] == (extra[0] if extra else "none")
+        files = [tmp_path / name / f"{seed:06d}.png" for seed in range(6)]
+        shown[name] = np.stack([np.asarray(Image.open(path)).astype(int) for path in files])
+    assert abs(shown["eager"] - shown["none"]).max() <= 1
+    assert 0 < abs(shown["bf16"] - shown["none"]).mean() < 2
+    whole = pictures(tmp_path / "bf16")
+    for seeds in ("5,3", "0-2,4"):
+        arguments = ["--inference", "eager", "--precision", "bf16", "--out", str(tmp_path / "apart")]
+        assert main(["sample", str(trained), "--seeds", seeds, *common, *arguments]) == 0
+    assert pictures(tmp_path / "apart") == whole
 
 
 def test_classes_are_given_by_name_or_number_and_used_in_turn(trained, tmp_path):

@@ -97,6 +97,8 @@ class BiSSM(nn.Module):
 
     # Weight decay would pull the time constants towards those of the value zero, which is no neutral one.
     without_weight_decay: ClassVar[tuple[str, ...]] = ("log_dt", "log_decay", "frequency", "input_vector")
+    # Powers of them go over the whole sequence.
+    wide_parameters: ClassVar[tuple[str, ...]] = (*without_weight_decay, "output_vector", "skip")
 
     def __init__(self, config: BiSSMConfig, hidden_size: int, place: Place = ALONE) -> None:
         super().__init__()

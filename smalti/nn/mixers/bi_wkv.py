@@ -42,6 +42,8 @@ class BiWKVConfig(MixerConfig):
 class BiWKV(nn.Module):
     """Keys, values and gates, each from its own mixture of a token and its neighbours; no biases."""
 
+    wide_parameters: ClassVar[tuple[str, ...]] = ("decay", "bonus")  # exponents, summed over the whole sequence
+
     def __init__(self, config: BiWKVConfig, hidden_size: int, place: Place = ALONE) -> None:
         super().__init__()
         self.divide_bonus = config.divide_bonus

@@ -57,6 +57,7 @@ class DownsampledAttentionConfig(MixerConfig):
 class DownsampledAttention(nn.Module):
     """Depthwise convolution, split into phases, attention inside each, and the phases laid back on the plane."""
 
+    wide_parameters: ClassVar[tuple[str, ...]] = ("scale",)  # an exponent
     # PARITY: temperature-cap. As released, not the logarithm of 100 to more digits.
     max_scale = 4.6052
 
