@@ -268,17 +268,19 @@ static void add_up(const Sizes *s, int rows, const float *partial, float *total,
 /* y = (x - mean) / sqrt(variance + eps) (1 + scale) + shift; `kept` gets mean and 1 / sqrt of each token. */
 INLINE void norm_row(int kind, int out_kind, int64_t n, const void *x, const float *shift, const float *scale,
                      float eps, void *y, float *kept) {
-    float sum = 0.0f, squares = 0.0f;
+    float sum = 0.0f, squares = 0.0f, left = 0.0f;
     _Pragma("omp simd reduction(+ : sum)") for (int64_t c = 0; c < n; c++) sum += load(kind, x, c);
     const float mean = sum / (float)n;
-    _Pragma("omp simd reduction(+ : squares)") for (int64_t c = 0; c < n; c++) {
+    _Pragma("omp simd reduction(+ : squares, left)") for (int64_t c = 0; c < n; c++) {
         float d = load(kind, x, c) - mean;
         squares += d * d;
+        left += d;
     }
-    const float rate = 1.0f / sqrtf(squares / (float)n + eps);
-    EACH(c, n) store(out_kind, y, c, (load(kind, x, c) - mean) * rate * (1.0f + scale[c]) + shift[c]);
+    left /= (float)n; /* what rounding has left of the mean: much, where all numbers of a token are large */
+    const float rate = 1.0f / sqrtf(at_least(0.0f, squares / (float)n - left * left) + eps);
+    EACH(c, n) store(out_kind, y, c, ((load(kind, x, c) - mean) - left) * rate * (1.0f + scale[c]) + shift[c]);
     if (kept) {
-        kept[0] = mean;
+        kept[0] = mean + left;
         kept[1] = rate;
     }
 }
