@@ -173,7 +173,11 @@ def _find(path: Path) -> Path:
             raise CheckpointError(
                 f"{folder} has {here[0]} but no {gone}: both are needed; copy or save the model again"
             )
-    raise CheckpointError(f"{path} holds no model: expected {WEIGHTS} and {CONFIG} in it or in its folder 'model'")
+    inside = sorted(found.parents[1].name for found in path.glob(f"*/model/{WEIGHTS}"))
+    advice = f"; it holds runs: name one, as {path / inside[0]} (of {', '.join(inside)})" if inside else ""
+    raise CheckpointError(
+        f"{path} holds no model: expected {WEIGHTS} and {CONFIG} in it or in its folder 'model'{advice}"
+    )
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
