@@ -42,8 +42,10 @@ def test_depthwise_of_every_width_and_plane_is_the_convolution(size, rows, colum
 
 
 def test_depthwise_takes_its_input_from_a_view_and_kernels_it_does_not_know_elsewhere():
-    x = torch.randn(2, 6, 5, 24).transpose(1, 2)
+    x = torch.randn(2, 6, 5, 24).transpose(1, 2).requires_grad_()
     weight, bias = torch.randn(24, 1, 3, 3), torch.randn(24)
+    assert depthwise.choice(x, weight, bias) == "c"
+    assert depthwise.choice(x.detach(), weight, bias) == "conv"  # faster where there is nothing to go back for
     assert torch.equal(depthwise(x, weight, bias, impl="c"), depthwise(x.contiguous(), weight, bias, impl="c"))
     with pytest.raises(ValueError, match=r"'c' cannot take these inputs: it wants shapes"):
         depthwise(x, torch.randn(24, 1, 7, 7), bias, impl="c")
@@ -69,7 +71,7 @@ def test_any_number_of_threads_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", TWINS)
 def test_a_batch_item_does_not_depend_on_the_others_to_the_last_bit(name):
     op = OPS[name]
-    inputs = [x.detach() for x in op.example(48, torch.bfloat16, batch=3)]
+    inputs = op.example(48, torch.bfloat16, batch=3)
     batched = range(len(inputs)) if op.batched is None else op.batched
     alone = op(*(x[1:2] if i in batched else x for i, x in enumerate(inputs)), impl="c")
     assert torch.equal(op(*inputs, impl="c")[1:2], alone)

@@ -12,7 +12,11 @@ from smalti.ops.dispatch import Op
 
 
 def _refuses(impl: str, args: tuple[Tensor, ...]) -> str:
-    return refuses_c(*args) if impl == "c" else ""
+    if impl != "c":
+        return ""
+    if not (torch.is_grad_enabled() and any(a.requires_grad for a in args)):
+        return "it only pays in training: forward alone, the convolution that PyTorch has is faster"
+    return refuses_c(*args)
 
 
 def _example(
