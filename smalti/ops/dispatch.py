@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Plain globals, because a compiler can read and guard them, which it cannot with context variables.
 _forced = "auto"
 _watcher: "Watcher | None" = None
+whole: frozenset[str] = frozenset()  # set by `smalti.ops.whole.keep_whole`
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Op:
         """
         if _watcher is not None:
             return _watcher(self, args, options)
+        if self.name in whole and torch.compiler.is_compiling():
+            text = "{" + ", ".join(f"{name!r}: {value!r}" for name, value in options.items()) + "}"
+            return torch.ops.smalti.whole(self.name, args, text)
         impl = self.choice(*args) if impl == "auto" else impl
         if impl == "reference":
             return self.reference(*args, **options)

@@ -186,6 +186,15 @@ for _ in range(2):
         assert torch.equal(form(*inputs()), form(*inputs()))
 form, _ = forms[0]
 assert form(*inputs(batch=2)).shape == (2, 6, 8, 8)
+kept = {"drwkv": "bi_ssm", "udit": "downsampled"}  # with ops that compiled code calls as they are
+for kind, mixer in kept.items():
+    network = build(kind, mixer)
+    form, truth = inference_form(network, mode="compiled"), exact(network, *inputs())
+    for _ in range(2):
+        assert error(form(*inputs()), truth) < 2e-6
+    with torch.profiler.profile() as profile:
+        form(*inputs())
+    assert "smalti::whole" in {event.key for event in profile.key_averages()}
 os.environ["PATH"] = ""
 torch._inductor.config.cpp.cxx = ("/no/such/compiler",)
 torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()

@@ -85,6 +85,8 @@ class Neighbours(nn.Module):
         shares = torch.cat([self.shares[name][0] for name in self.order])  # (M, D)
         mixed = shift_mix(x[:, front:].unflatten(1, grid), shares, shift=self.shift, fraction=self.fraction)
         mixtures = mixed.flatten(2, 3).unbind(1)
+        if torch.compiler.is_compiling():  # else the products become batched ones, with a copied weight for each item
+            mixtures = tuple(m.contiguous() for m in mixtures)
         return tuple(torch.cat([x[:, :front].to(m.dtype), m], dim=1) for m in mixtures) if front else mixtures
 
 
