@@ -51,6 +51,7 @@ class Op:
         if self.name in whole and torch.compiler.is_compiling():
             text = "{" + ", ".join(f"{name!r}: {value!r}" for name, value in options.items()) + "}"
             return torch.ops.smalti.whole(self.name, args, text)
+        asked_for = impl != "auto" or _forced != "auto"
         impl = self.choice(*args) if impl == "auto" else impl
         if impl == "reference":
             return self.reference(*args, **options)
@@ -58,7 +59,7 @@ class Op:
             raise ValueError(
                 f"op {self.name!r} has no implementation {impl!r}; choose from {['auto', 'reference', *self.fast]}"
             )
-        if reason := self.refuses(impl, args):
+        if asked_for and (reason := self.refuses(impl, args)):  # what "auto" chose was asked already
             raise ValueError(f"op {self.name!r}: {impl!r} cannot take these inputs: {reason}")
         return self.fast[impl](*args, **options)
 
