@@ -2,8 +2,8 @@
 
 Source: Yan et al. 2023, arXiv:2311.18257, sec. 4. It gives widths for S, L and XL, and 29 layers and about 673 M
 parameters for XL; the depth of S and L is ours. Totals and multiply-adds are counted on the network as resolved in
-`smalti/models/diffussm.py`; "published" multiply-adds are those of the paper's formula, 7.5 L D^2 a layer. Its totals of a
-whole training divide to 280.3 and 1066.2 per image and so contradict it.
+`smalti/models/diffussm.py`; "published" multiply-adds are those of the paper's formula, 7.5 L D^2 a layer. The paper's
+totals of a whole training divide to 280.3 and 1066.2 per image and so contradict it.
 """
 
 from smalti.models import DiffuSSMConfig
