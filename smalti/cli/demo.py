@@ -16,7 +16,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Folder of the runs; the page is index.html in it."""
-    minutes: float = 17.0
+    minutes: float = 15.0
     """Time budget on this machine, set-up aside. Counts at the first start only."""
     networks: tuple[str, ...] = ("dit", "diffussm", "drwkv", "udit")
     """Which backbones."""

@@ -159,8 +159,8 @@ def _charts(page: ComparisonPage) -> str:
         min(x for n in page.networks for x, _ in n.validation),
         max(x for n in page.networks for x, _ in n.validation),
     )
-    # The mean image's loss can lie orders of magnitude above everything else, where it would flatten the picture.
-    show_constant = page.constant < 10 * max(losses)
+    # The mean image's loss can lie far above everything else, where it would flatten the picture.
+    show_constant = page.constant < 2 * max(losses)
     by_step = line_chart(
         [
             *(Series(n.name, n.validation, COLOURS[k], markers=True) for k, n in enumerate(page.networks)),
