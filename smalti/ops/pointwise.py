@@ -1,18 +1,16 @@
-"""What the C twins of pointwise.c share: the library, who may call it, and gradients of gradients."""
+"""What the C twins of pointwise.c share: the library, who may call it, and modulations as C reads them."""
 
 import ctypes
 import logging
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from smalti.ops.in_memory import refuses_memory
 from smalti.ops.native import load_native
 
-# As in the enum of pointwise.c.
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
 SOURCE = Path(__file__).with_name("pointwise.c")
 ROWS = 32  # tokens of a block, as in pointwise.c
 
@@ -44,18 +42,7 @@ def unavailable() -> str:
 
 def refuses_c(*tensors: Tensor) -> str:
     """What every C twin refuses; "" when there is nothing against these inputs."""
-    if torch.compiler.is_compiling():
-        return "the compiler fuses the plain form by itself"
-    for x in tensors:
-        if x.device.type != "cpu":
-            return f"it is for CPUs, got {x.device.type}"
-        if x.dtype not in KINDS:
-            return f"it takes {', '.join(str(dtype) for dtype in KINDS)}, got {x.dtype}"
-        if type(x) not in (Tensor, torch.nn.Parameter):
-            return f"it reads memory, which a {type(x).__name__} may not have"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func needs a form that it can transform"
-    return unavailable()
+    return refuses_memory(*tensors) or unavailable()
 
 
 def refuses_rows(x: Tensor, *modulation: Tensor) -> str:
@@ -85,18 +72,6 @@ def partial_sums(x: Tensor, rows: int) -> Tensor:
     """Room for sums over the tokens of each block."""
     batch, tokens, channels = x.shape
     return torch.empty(batch * -(-tokens // ROWS) * rows * channels, dtype=torch.float32)
-
-
-def differentiable(
-    plain: Callable[..., Tensor], inputs: tuple[Tensor, ...], above: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the plain form that have gradients themselves, for `create_graph=True`."""
-    wanted = [i for i, x in enumerate(inputs) if x.requires_grad]
-    # Views, because one input may have been made from another: only what lies between them and the output counts.
-    inputs = tuple(x.view_as(x) for x in inputs)
-    found = torch.autograd.grad(plain(*inputs), [inputs[i] for i in wanted], above, create_graph=True)
-    gradients = dict(zip(wanted, found, strict=True))
-    return tuple(gradients.get(i) for i in range(len(inputs)))
 
 
 @cache

@@ -6,7 +6,8 @@ from torch import Tensor
 from smalti.ops.adaln.c import adaln_c
 from smalti.ops.adaln.reference import adaln_reference, fold_affine, output_type
 from smalti.ops.dispatch import Op
-from smalti.ops.pointwise import KINDS, refuses_c, refuses_rows
+from smalti.ops.in_memory import KINDS
+from smalti.ops.pointwise import refuses_c, refuses_rows
 
 __all__ = ["adaln", "fold_affine"]
 

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.ops.adaln.reference import adaln_plain, output_type
-from smalti.ops.pointwise import KINDS, call, differentiable, modulation_rows, partial_sums
+from smalti.ops.in_memory import KINDS, plain_gradients
+from smalti.ops.pointwise import call, modulation_rows, partial_sums
 
 
 def adaln_c(
@@ -35,7 +36,7 @@ class _AdaLN(torch.autograd.Function):
         x, shift, scale, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             plain = partial(adaln_plain, eps=ctx.eps, dtype=ctx.dtype)
-            return *differentiable(plain, (x, shift, scale), above), None, None
+            return *plain_gradients(plain, (x, shift, scale), above, create_graph=True), None, None
         (rows,), stride = modulation_rows(scale)
         x, above = x.contiguous(), above.contiguous()
         by_x, blocks = torch.empty_like(x), partial_sums(x, 2)

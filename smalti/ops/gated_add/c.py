@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.ops.gated_add.reference import gated_add_reference
-from smalti.ops.pointwise import KINDS, call, differentiable, modulation_rows, partial_sums
+from smalti.ops.in_memory import KINDS, plain_gradients
+from smalti.ops.pointwise import call, modulation_rows, partial_sums
 
 
 def gated_add_c(
@@ -32,7 +33,9 @@ class _GatedAdd(torch.autograd.Function):
         gate, branch = ctx.saved_tensors
         if torch.is_grad_enabled():
             zero = torch.zeros_like(above)
-            by_gate, by_branch = differentiable(lambda g, b: gated_add_reference(zero, g, b), (gate, branch), above)
+            by_gate, by_branch = plain_gradients(
+                lambda g, b: gated_add_reference(zero, g, b), (gate, branch), above, create_graph=True
+            )
             return above, by_gate, by_branch
         (row,), stride = modulation_rows(gate)
         g, branch = above.contiguous(), branch.contiguous()

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.ops.gelu.reference import gelu_reference
-from smalti.ops.pointwise import KINDS, call, differentiable
+from smalti.ops.in_memory import KINDS, plain_gradients
+from smalti.ops.pointwise import call
 
 
 def gelu_c(x: Float[Tensor, "*S"], approximate: Literal["none", "tanh"] = "none") -> Float[Tensor, "*S"]:
@@ -31,7 +32,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            (by_x,) = differentiable(lambda x: gelu_reference(x, ctx.approximate), (x,), above)
+            (by_x,) = plain_gradients(lambda x: gelu_reference(x, ctx.approximate), (x,), above, create_graph=True)
             return by_x, None
         x, above = x.contiguous(), above.contiguous()
         by_x = torch.empty_like(x)

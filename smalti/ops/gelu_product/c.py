@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.ops.gelu_product.reference import gelu_product_reference
-from smalti.ops.pointwise import KINDS, call, differentiable
+from smalti.ops.in_memory import KINDS, plain_gradients
+from smalti.ops.pointwise import call
 
 
 def gelu_product_c(a: Float[Tensor, "*S"], b: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
@@ -28,7 +29,7 @@ class _GeluProduct(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return differentiable(gelu_product_reference, (a, b), above)
+            return plain_gradients(gelu_product_reference, (a, b), above, create_graph=True)
         a, b, above = a.contiguous(), b.contiguous(), above.contiguous()
         by_a, by_b = torch.empty_like(a), torch.empty_like(b)
         call("gelu_product_back", KINDS[a.dtype], a.numel(), a, b, above, by_a, by_b)

@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.ops.in_memory import KINDS, refuses_memory
+from smalti.ops.in_memory import KINDS, plain_gradients, refuses_memory
 from smalti.ops.native import load_native
-from smalti.ops.pointwise import differentiable
 from smalti.ops.s4d.fft import two_way_conv_fft
 from smalti.ops.s4d.reference import Discretization
 from smalti.ops.s4d.two_level import sampled, sum_of_powers
@@ -107,7 +106,7 @@ class _SumOfPowers(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
         system = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *differentiable(partial(sum_of_powers, length=ctx.length), system, above), None
+            return *plain_gradients(partial(sum_of_powers, length=ctx.length), system, above, create_graph=True), None
         gradients = [torch.empty(t.shape, dtype=torch.float32) for t in system]
         rooms = [t.contiguous() for t in (*system, above)]
         _run("s4d_powers_back", *system[0].shape, ctx.length, *rooms, *gradients)
@@ -126,7 +125,9 @@ class _TwoWayConv(torch.autograd.Function):
         *inputs, spectrum = ctx.saved_tensors
         x, forward, _, skip = inputs
         if torch.is_grad_enabled():
-            return differentiable(lambda x, *rows: two_way_conv_fft(x.mT, *rows).mT, tuple(inputs), above)
+            return plain_gradients(
+                lambda x, *rows: two_way_conv_fft(x.mT, *rows).mT, tuple(inputs), above, create_graph=True
+            )
         x, above = x.contiguous(), above.contiguous()
         by_x = torch.empty_like(x)
         by_forward, by_backward = torch.empty(2, *forward.shape, dtype=torch.float32)
