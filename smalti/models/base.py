@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smalti.config import Kinds
 from smalti.errors import ConfigError
+from smalti.nn.layers import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +73,42 @@ class Fusable(Protocol):
     def fuse(self) -> nn.Module:
         """A new module; the network itself is left as it is."""
         ...
+
+
+def patch_grid(latents: Tensor, in_channels: int, patch_size: int) -> Grid:
+    """The grid of patches that latents are cut into.
+
+    Raises:
+        ValueError: latents have other dimensions or channels, or a side that the patch size does not divide.
+    """
+    p = patch_size
+    if latents.ndim != 4 or latents.shape[1] != in_channels or latents.shape[2] % p or latents.shape[3] % p:
+        raise ValueError(
+            f"latents of shape {tuple(latents.shape)}: expected (B, {in_channels}, H, W) "
+            f"with H and W divisible by the patch size {p}"
+        )
+    return Grid(latents.shape[2] // p, latents.shape[3] // p)
+
+
+def check_timesteps(timesteps: Tensor, latents: Tensor) -> None:
+    """One timestep for all would broadcast, and hide a slip.
+
+    Raises:
+        ValueError: there is not one timestep for each image.
+    """
+    if timesteps.shape != latents.shape[:1]:
+        raise ValueError(f"timesteps of shape {tuple(timesteps.shape)}: expected one per image, {len(latents)} in all")
+
+
+def check_patches(sample_size: tuple[int, int], patch_size: int) -> None:
+    """Refuse a patch size that does not cut latents of this size evenly.
+
+    Raises:
+        ConfigError: as it says.
+    """
+    rows, columns = sample_size
+    if patch_size < 1 or rows % patch_size or columns % patch_size:
+        raise ConfigError(
+            f"latents of {rows}x{columns} cannot be cut into patches of {patch_size}: "
+            "choose a patch_size that divides both"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smalti.config import did_you_mean
 from smalti.errors import ConfigError
-from smalti.models.base import BackboneConfig
+from smalti.models.base import BackboneConfig, check_patches, check_timesteps
 from smalti.models.pretrained import Pretrained
 from smalti.nn.conditioning import (
     Conditioning,
@@ -73,12 +73,7 @@ class DiffuSSMConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rows, columns = self.sample_size
-        if self.patch_size < 1 or rows % self.patch_size or columns % self.patch_size:
-            raise ConfigError(
-                f"latents of {rows}x{columns} cannot be cut into patches of {self.patch_size}: "
-                "choose a patch_size that divides both"
-            )
+        check_patches(self.sample_size, self.patch_size)
         if self.hourglass < 1 or self.grid.tokens % self.hourglass:
             raise ConfigError(
                 f"{self.grid.tokens} tokens are not divisible by hourglass {self.hourglass}: "
@@ -157,10 +152,7 @@ class DiffuSSM(Pretrained):
             ValueError: channels, size, timesteps or labels do not fit the network.
         """
         c, grid = self.config, self._grid_of(latents)
-        if timesteps.shape != latents.shape[:1]:  # one timestep for all would broadcast, and hide a slip
-            raise ValueError(
-                f"timesteps of shape {tuple(timesteps.shape)}: expected one per image, {len(latents)} in all"
-            )
+        check_timesteps(timesteps, latents)
         context = self.conditioning(timesteps, class_labels)  # (B, T, D): one token for time, one for class
         cond = context.sum(dim=1)
         x = self.embed(latents)  # (B, J M, D), or (B, J, D) for a short stream

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smalti.config import did_you_mean
 from smalti.errors import ConfigError
-from smalti.models.base import BackboneConfig
+from smalti.models.base import BackboneConfig, check_patches, check_timesteps, patch_grid
 from smalti.models.pretrained import Pretrained
 from smalti.nn.conditioning import (
     Conditioning,
@@ -56,12 +56,7 @@ class DRWKVConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rows, columns = self.sample_size
-        if self.patch_size < 1 or rows % self.patch_size or columns % self.patch_size:
-            raise ConfigError(
-                f"latents of {rows}x{columns} cannot be cut into patches of {self.patch_size}: "
-                "choose a patch_size that divides both"
-            )
+        check_patches(self.sample_size, self.patch_size)
         if self.hidden_size < 4 or self.hidden_size % 4 or self.depth < 1 or self.depth % 2 == 0:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of 4, and depth {self.depth} odd, because each "
@@ -120,11 +115,8 @@ class DRWKV(Pretrained):
         Raises:
             ValueError: channels, size, timesteps or labels do not fit the network.
         """
-        grid = self._grid_of(latents)
-        if timesteps.shape != latents.shape[:1]:  # one timestep for all would broadcast, and hide a slip
-            raise ValueError(
-                f"timesteps of shape {tuple(timesteps.shape)}: expected one per image, {len(latents)} in all"
-            )
+        grid = patch_grid(latents, self.config.in_channels, self.config.patch_size)
+        check_timesteps(timesteps, latents)
         context = self.conditioning(timesteps, class_labels)  # (B, L, D): one token for time, one for class
         cond = context.sum(dim=1)
         x = self.join_context(self.embed(latents) + self._position_of(grid), context)
@@ -140,15 +132,6 @@ class DRWKV(Pretrained):
 
     def iter_blocks(self) -> Iterator[nn.Module]:
         return iter([*self.in_blocks, *self.mid_blocks, *self.out_blocks])
-
-    def _grid_of(self, latents: Tensor) -> Grid:
-        c, p = self.config, self.config.patch_size
-        if latents.ndim != 4 or latents.shape[1] != c.in_channels or latents.shape[2] % p or latents.shape[3] % p:
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)}: expected (B, {c.in_channels}, H, W) "
-                f"with H and W divisible by the patch size {p}"
-            )
-        return Grid(latents.shape[2] // p, latents.shape[3] // p)
 
     def _position_of(self, grid: Grid) -> Tensor:
         if grid == self.config.grid:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smalti.config import did_you_mean
 from smalti.errors import ConfigError
-from smalti.models.base import BackboneConfig
+from smalti.models.base import BackboneConfig, check_timesteps
 from smalti.models.pretrained import Pretrained
 from smalti.nn.conditioning import (
     Conditioning,
@@ -130,10 +130,7 @@ class UDiT(Pretrained):
             ValueError: channels, size, timesteps or labels do not fit the network.
         """
         grid = self._grid_of(latents)
-        if timesteps.shape != latents.shape[:1]:  # one timestep for all would broadcast, and hide a slip
-            raise ValueError(
-                f"timesteps of shape {tuple(timesteps.shape)}: expected one per image, {len(latents)} in all"
-            )
+        check_timesteps(timesteps, latents)
         conds = self._conditions(timesteps, class_labels)
         half, quarter = Grid(grid.rows // 2, grid.columns // 2), Grid(grid.rows // 4, grid.columns // 4)
         plane = latents.to(self.embed.weight.dtype).contiguous(memory_format=torch.channels_last)
