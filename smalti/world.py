@@ -32,6 +32,14 @@ class World:
         first, last = units * self.rank // self.size, units * (self.rank + 1) // self.size
         return range(min(count, first * unit), min(count, last * unit))
 
+    def agree(self, yes: bool) -> bool:
+        """What the first process says, on all of them."""
+        if self.size == 1:
+            return yes
+        said = torch.tensor([int(yes)])
+        torch.distributed.broadcast(said, 0)
+        return bool(said)
+
     def gather(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """All processes' rows, in order of rank, on the first process; None on the others.
 

@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from smalti.errors import CheckpointError, StorageError
+from smalti.errors import CheckpointError
 from smalti.evaluation.features import FeatureSet, NetworkIdentity
 from smalti.storage.filesystem import FileRecord, LocalFileSystem, make_folders, read_record, write_file
 from smalti.storage.sealed import seal, unseal
@@ -17,57 +17,59 @@ from smalti.storage.tensors import file_pieces, file_size, read_tensors
 LIMIT_BYTES = 1 << 30  # larger sets are measured anew rather than fill a home directory
 
 
-def cached_features(
-    folder: Path,
-    images_fingerprint: str,
-    identity: NetworkIdentity,
-    kinds: Sequence[str],
-    make: Callable[[], FeatureSet],
-    note: Callable[[str], None],
-) -> FeatureSet:
-    """The features as they were kept, or made now and kept for the next time.
+@dataclass(frozen=True)
+class FeatureCache:
+    """Feature sets in a folder. A cache that fails never stops an evaluation: it says so in a note.
 
     Args:
-        images_fingerprint: of the images and their order.
-        make: computes them.
-        note: told in one line what was kept, or why not; a cache that fails never stops an evaluation.
+        note: told in one line what was kept, or what could not be used.
     """
-    wanted = [images_fingerprint, asdict(identity), sorted(kinds)]
-    stem = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:32]
-    data, seal_file = folder / f"{stem}.safetensors", folder / f"{stem}.json"
-    try:
-        if seal_file.exists():
+
+    folder: Path
+    note: Callable[[str], None]
+
+    def load(self, images: str, identity: NetworkIdentity, kinds: Sequence[str]) -> FeatureSet | None:
+        """What was kept for these images and this network, or None.
+
+        Args:
+            images: fingerprint of the images and their order.
+        """
+        data, seal_file = self._paths(images, identity, kinds)
+        try:
+            if not seal_file.exists():
+                return None
             record = FileRecord(**unseal(seal_file.read_bytes(), str(seal_file))["file"])
             if read_record(data) == record:
                 return FeatureSet(read_tensors(data))
-            note(f"{data} was changed after it was written; its features are made anew")
-    except (OSError, CheckpointError, KeyError, TypeError) as error:
-        note(f"kept features cannot be used ({error}); they are made anew")
-    found = make()
-    if file_size(found.features) > LIMIT_BYTES:
-        note(f"features of more than {LIMIT_BYTES >> 30} GiB are not kept; --save-statistics keeps what FID needs")
-        return found
-    try:
-        _keep(found, data, seal_file)
-        note(f"features of the reference are kept in {data}")
-    except (OSError, StorageError) as error:
-        note(f"features of the reference could not be kept in {folder}: {error}")
-    return found
+            self.note(f"{data} was changed after it was written; its features are made anew")
+        except (OSError, CheckpointError, KeyError, TypeError) as error:
+            self.note(f"kept features cannot be used ({error}); they are made anew")
+        return None
 
+    def keep(self, images: str, identity: NetworkIdentity, kinds: Sequence[str], found: FeatureSet) -> None:
+        """Write them down for the next time, whole or not at all."""
+        if file_size(found.features) > LIMIT_BYTES:
+            self.note(f"features of more than {LIMIT_BYTES >> 30} GiB are not kept for the next time")
+            return
+        data, seal_file = self._paths(images, identity, kinds)
+        temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in (data, seal_file)]
+        fs = LocalFileSystem()
+        try:
+            make_folders(fs, self.folder)
+            record = write_file(fs, temporary[0], file_pieces(found.features))
+            document = seal({"format": "smalti-features", "version": 1, "file": record._asdict()})
+            write_file(fs, temporary[1], [document])
+            # The seal last: it is what says that the other one is whole.
+            fs.rename(temporary[0], data)
+            fs.rename(temporary[1], seal_file)
+            self.note(f"features are kept in {data}")
+        except OSError as error:
+            self.note(f"features could not be kept in {self.folder}: {error}")
+            for path in temporary:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
-def _keep(found: FeatureSet, data: Path, seal_file: Path) -> None:
-    fs = LocalFileSystem()
-    make_folders(fs, data.parent)
-    mine = f".{os.getpid()}.tmp"
-    temporary = [path.with_name(path.name + mine) for path in (data, seal_file)]
-    try:
-        record = write_file(fs, temporary[0], file_pieces(found.features))
-        document = seal({"format": "smalti-features", "version": 1, "file": record._asdict()})
-        write_file(fs, temporary[1], [document])
-        # The seal last: it is what says that the other one is whole.
-        fs.rename(temporary[0], data)
-        fs.rename(temporary[1], seal_file)
-    finally:
-        for path in temporary:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+    def _paths(self, images: str, identity: NetworkIdentity, kinds: Sequence[str]) -> tuple[Path, Path]:
+        wanted = [images, asdict(identity), sorted(kinds)]
+        stem = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:32]
+        return self.folder / f"{stem}.safetensors", self.folder / f"{stem}.json"

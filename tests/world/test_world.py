@@ -17,6 +17,7 @@ with world() as w:
     rows = whole[mine.start:mine.stop]
     if sys.argv[1] == "dies" and w.rank == 1:
         sys.exit(3)
+    assert w.agree(w.rank == 0)
     found = w.gather({"a": rows, "b": rows[:, :1].double()})
     if w.rank == 0:
         assert torch.equal(found["a"], whole) and torch.equal(found["b"], whole[:, :1].double())
