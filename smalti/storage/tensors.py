@@ -4,6 +4,7 @@ The format is written here and not by its library, so that the bytes can be hash
 the OSError it is, and no second copy of all weights stands in memory.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,19 @@ def file_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         data = flat.numpy().data
         for start in range(0, len(data), _PIECE):
             yield data[start : start + _PIECE]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names: the same however the tensors were stored.
+
+    Raises:
+        TypeError: a dtype that no file of ours can hold.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        for piece in file_pieces({name: tensors[name]}):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
