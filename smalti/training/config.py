@@ -61,6 +61,35 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """Samples of the averaged weights, measured against the training images while the run goes on.
+
+    Always the same seeds, drawn as `preview` says: numbers of one run compare with one another, and with nothing else.
+
+    Args:
+        every: in steps, and at the end of the run; 0 = never.
+        images: samples per look; below some thousand, kid is the number to trust.
+        metrics: names as in `smalti evaluate`.
+        features: feature network: inception, lite0, lite0@96, dinov2.
+        reference_images: how many training images stand for all of them.
+    """
+
+    every: int = 0
+    images: int = 500
+    metrics: tuple[str, ...] = ("kid",)
+    features: str = "inception"
+    reference_images: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"quality.every must be 0 (never) or more, got {self.every}")
+        if min(self.images, self.reference_images) < 2:
+            raise ConfigError("quality.images and quality.reference_images must be at least 2: one has no spread")
+        if not self.metrics:
+            raise ConfigError("quality.metrics is empty: name at least one, such as kid")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run: the same settings give the same bits, and the same command again continues it.
 
@@ -81,6 +110,7 @@ class RunConfig:
         checkpoint_every: likewise; the end is always stored.
         keep_checkpoints: how many of the newest stay.
         preview: how the sample grids of the run are drawn.
+        quality: metrics while training.
     """
 
     out: Path = Path("runs/train")
@@ -105,6 +135,7 @@ class RunConfig:
     preview: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(sampler="dpm-solver++", num_inference_steps=25, guidance_scale=2.0)
     )
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "keep_checkpoints"):

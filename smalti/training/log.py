@@ -33,7 +33,7 @@ class RunLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """One event: `train` (loss, gradient norm, rate, speed), `validation` (loss, strata) or `baseline`."""
+        """One event: `train`, `validation`, `quality` (metrics) or `baseline`, with its numbers."""
         try:
             self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         except OSError as error:

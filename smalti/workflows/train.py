@@ -2,21 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smalti import streams
 from smalti.checkpoints import CheckpointStore, RunLock, save_model
 from smalti.config import to_dict
-from smalti.data import ImageSet, SampleOrder, Split, load_image_set, split
+from smalti.data import ImageSet, SampleOrder, Split, load_image_set, split, to_uint8
 from smalti.diffusion.levels import Schedule, build_schedule
 from smalti.errors import ConfigError, PreemptedError
+from smalti.evaluation.metric import Estimate
 from smalti.models import BackboneConfig, build_backbone, config_of
 from smalti.presets import parse_overrides, preset_config
 from smalti.report.images import save_grid
@@ -33,6 +34,7 @@ from smalti.training.state import TrainState
 from smalti.training.stop import StopRequest
 from smalti.training.validation import StrataLoss, Triples, make_triples, validate, validation_unit
 from smalti.workflows.progress import ProgressReport
+from smalti.workflows.quality import QualityCheck, prepare_quality
 from smalti.workflows.run_folder import settle_config
 
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 4
@@ -60,6 +62,7 @@ class Run:
     schedule: Schedule
     batches: BatchSource
     triples: Triples | None
+    quality: QualityCheck | None
 
 
 def model_config(config: RunConfig, images: ImageSet) -> BackboneConfig:
@@ -128,7 +131,8 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
     )
     held_out = parts.validation.tolist()
     triples = make_triples(images, held_out, schedule, config.seed, conditional=conditional) if held_out else None
-    return Run(config, device, images, parts, schedule, batches, triples), model
+    quality = prepare_quality(config.quality, images, parts.train, config.seed, device)
+    return Run(config, device, images, parts, schedule, batches, triples, quality), model
 
 
 def new_state(run: Run, model: BackboneConfig) -> TrainState:
@@ -180,6 +184,8 @@ def _run(
             if run.triples is not None and _due(step, config.validate_every, last):
                 loss = _validate(run, state)
                 log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
+            if run.quality is not None and _due(step, config.quality.every, last):
+                log.write("quality", step, **_quality_values(run.quality.look(_quality_samples(run, state.ema.model))))
             if _due(step, config.sample_every, last):
                 save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
             if _due(step, config.checkpoint_every, last) or last or stop.received:
@@ -209,9 +215,29 @@ def save_preview(run: Run, model: nn.Module, path: Path) -> None:
     classes = min(PREVIEW_ROWS, len(run.images.class_names)) if run.batches.conditional else 0
     labels = [k for k in range(classes) for _ in range(PREVIEW_COLUMNS)] if classes else None
     count = len(labels) if labels is not None else PREVIEW_COLUMNS**2
+    images = torch.cat(list(_draw(run, model, range(count), labels)))
+    save_grid(images, path, columns=PREVIEW_COLUMNS)
+
+
+def _quality_samples(run: Run, model: nn.Module) -> Iterator[Tensor]:
+    """8-bit samples of the same seeds at every look, so that the curve shows the network and not the draw."""
+    seeds = range(run.config.quality.images)
+    classes = len(run.images.class_names) if run.batches.conditional else 0
+    labels = [streams.key(seed, streams.SAMPLE_LABEL) % classes for seed in seeds] if classes else None
+    return (to_uint8(images) for images in _draw(run, model, seeds, labels))
+
+
+def _quality_values(found: Mapping[str, Estimate]) -> dict[str, float]:
+    """One log line: each number, and its standard error where there is one."""
+    errors = {f"{name}_error": e.standard_error for name, e in found.items() if e.standard_error is not None}
+    return {name: estimate.value for name, estimate in found.items()} | errors
+
+
+def _draw(run: Run, model: nn.Module, seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[Tensor]:
+    """Samples as `preview` says, (B, 3, H, W) pieces on the CPU."""
     batches = sample_latents(
         model,
-        seeds=range(count),
+        seeds=seeds,
         class_labels=labels,
         sample_shape=(3, *run.images.image_size),
         schedule=run.schedule,
@@ -223,7 +249,7 @@ def save_preview(run: Run, model: nn.Module, path: Path) -> None:
         device=run.device,
         autocast=autocast_dtype(run.config.precision),
     )
-    save_grid(torch.cat([batch.latents.cpu() for batch in batches]), path, columns=PREVIEW_COLUMNS)
+    return (batch.latents.cpu() for batch in batches)
 
 
 def _validate(run: Run, state: TrainState) -> StrataLoss:

@@ -20,7 +20,7 @@ from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import CheckpointError, ConfigError, DataError, NumericError, PreemptedError, RunLockedError
 from smalti.models import config_of
 from smalti.sampling import SamplingConfig
-from smalti.training import DataConfig, OptimizerConfig, RunConfig, default_decay, loop
+from smalti.training import DataConfig, OptimizerConfig, QualityConfig, RunConfig, default_decay, loop
 from smalti.training.config import IDENTITY
 from smalti.training.log import read_log
 from smalti.training.stop import StopRequest
@@ -171,6 +171,7 @@ def everything_changed(tmp_path):
         checkpoint_every=5,
         keep_checkpoints=6,
         preview=SamplingConfig(sampler="ddim", num_inference_steps=7, eta=0.5, guidance_interval=(0.1, 0.9)),
+        quality=QualityConfig(every=7, images=9, metrics=("fid", "kid"), features="lite0@96", reference_images=11),
     )
 
 

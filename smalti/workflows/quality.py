@@ -1,0 +1,69 @@
+"""Quality while training: samples of the averaged weights, measured against the training images every so often."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smalti import streams
+from smalti.data import ImageSet
+from smalti.errors import DataError
+from smalti.evaluation.features import FeatureNetwork, FeatureSet, extract
+from smalti.evaluation.metric import Estimate, check_names, measure
+from smalti.evaluation.metrics import METRICS
+from smalti.evaluation.networks import build_network
+from smalti.training.config import QualityConfig
+
+_ROWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class QualityCheck:
+    """The metrics of a run, ready to be taken again and again."""
+
+    names: tuple[str, ...]
+    network: FeatureNetwork
+    reference: FeatureSet
+
+    def look(self, images: Iterable[Tensor]) -> dict[str, Estimate]:
+        """The numbers of these images, uint8 (B, 3, H, W) pieces, by metric name."""
+        kinds = {kind for name in self.names for kind in METRICS[name].needs}
+        ours = extract(images, self.network, kinds=sorted(kinds))
+        return measure(ours, self.reference, self.names, METRICS, network=self.network.identity.name)
+
+
+def prepare_quality(
+    config: QualityConfig, images: ImageSet, train_indices: Sequence[int] | np.ndarray, seed: int, device: torch.device
+) -> QualityCheck | None:
+    """Features of the training images that stand for the reference; made before the first step, so that whatever is
+    wrong with them or with the feature network is said before hours of training. None if it is never due.
+
+    Raises:
+        SmaltiError: an unknown metric or network, missing weights, unreadable images.
+    """
+    if not config.every:
+        return None
+    network = build_network(config.features, device=str(device))
+    check_names(config.metrics, METRICS, network.identity.name)
+    kinds = {kind for name in config.metrics for kind in METRICS[name].needs}
+    if missing := kinds - set(network.widths):
+        raise DataError(f"{config.features} makes no {', '.join(sorted(missing))} features; choose other metrics")
+    chosen = _choose(train_indices, config.reference_images, seed)
+    reference = extract(read_uint8(images, chosen), network, kinds=sorted(kinds))
+    return QualityCheck(tuple(config.metrics), network, reference)
+
+
+def _choose(indices: Sequence[int] | np.ndarray, count: int, seed: int) -> list[int]:
+    """At most `count` of them, a fair share of all, the same for the same seed."""
+    order = streams.key(seed, streams.GROUPS)
+    places = sorted(streams.permute(i, len(indices), order) for i in range(min(count, len(indices))))
+    return [int(indices[place]) for place in places]
+
+
+def read_uint8(images: ImageSet, indices: Sequence[int]) -> Iterator[Tensor]:
+    """Images of a set as uint8 (B, 3, H, W) pieces, in the order asked for."""
+    for start in range(0, len(indices), _ROWS):
+        pixels = np.stack([images.read(int(index)) for index in indices[start : start + _ROWS]])
+        yield torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
