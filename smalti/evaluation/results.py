@@ -1,0 +1,183 @@
+"""Results: numbers with their protocol, in files that notice any change."""
+
+import contextlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from smalti.config import did_you_mean, from_dict, to_dict
+from smalti.errors import CheckpointError, ConfigError, DataError, NumericError
+from smalti.evaluation.metric import Estimate, Metric
+from smalti.evaluation.protocol import Protocol, as_json_has_it
+from smalti.storage.filesystem import FileSystem, LocalFileSystem, make_folders, storage_errors, write_file
+from smalti.storage.sealed import check_format, seal, smalti_version, unseal
+
+_FORMAT, _VERSION = "smalti result", 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images came from. Two results may differ in all of this and still be compared.
+
+    Attributes:
+        name: in tables: a run's or a folder's name.
+        path: what was evaluated.
+        model: facts, as preset, step, parameters; empty for images of unknown origin.
+    """
+
+    name: str
+    path: str
+    model: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", as_json_has_it(self.model, "model facts"))
+
+
+@dataclass(frozen=True)
+class FloorValue:
+    """The same number for real images that are not in the reference: what a perfect model would reach.
+
+    Attributes:
+        count: of those images. Where there are fewer of them than of ours, the floor may lie too high.
+    """
+
+    value: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Number:
+    """One metric of a result.
+
+    Attributes:
+        metric: its key in `METRICS`.
+        label: as papers write it, with the feature network's name where it needs one.
+    """
+
+    metric: str
+    label: str
+    better: Literal["lower", "higher"]
+    estimate: Estimate
+    floor: FloorValue | None = None
+
+    def __post_init__(self) -> None:
+        e = self.estimate
+        values = (e.value, e.standard_error, e.low, e.high, self.floor.value if self.floor else None)
+        if not all(value is None or math.isfinite(value) for value in values):
+            raise NumericError(
+                f"{self.label} is not finite ({', '.join(map(str, values))}); a result holds finite numbers only"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The numbers of one set of images, and how they were made.
+
+    Attributes:
+        memorisation: from the report of nearest training images: its facts, and under "sentence" what they say.
+        machine: device, threads, versions: facts beside the numbers.
+        seconds: that the evaluation took.
+        created: UTC, ISO 8601.
+
+    Raises:
+        ConfigError: a number twice, or one whose metric has no rule in the protocol.
+    """
+
+    source: Source
+    protocol: Protocol
+    numbers: tuple[Number, ...]
+    memorisation: dict | None = None
+    machine: dict = field(default_factory=dict)
+    seconds: float | None = None
+    created: str = ""
+
+    def __post_init__(self) -> None:
+        rules = {rule.name for rule in self.protocol.metrics}
+        names = [number.metric for number in self.numbers]
+        if len(set(names)) < len(names) or not rules.issuperset(names):
+            raise ConfigError(
+                f"a result has each number once and a rule for it; got numbers {', '.join(names)} and rules "
+                f"{', '.join(sorted(rules)) or 'for none'}"
+            )
+        object.__setattr__(self, "memorisation", as_json_has_it(self.memorisation, "memorisation"))
+        object.__setattr__(self, "machine", as_json_has_it(self.machine, "machine facts"))
+
+    def number(self, metric: str) -> Number:
+        """The number of one metric.
+
+        Raises:
+            ConfigError: this result has none.
+        """
+        for number in self.numbers:
+            if number.metric == metric:
+                return number
+        have = [number.metric for number in self.numbers]
+        raise ConfigError(f"{self.source.name} has no number {metric!r}{did_you_mean(metric, have)}")
+
+    def has(self, metric: str) -> bool:
+        return any(number.metric == metric for number in self.numbers)
+
+
+def numbers_of(
+    estimates: Mapping[str, Estimate],
+    table: Mapping[str, Metric],
+    *,
+    network: str,
+    floors: Mapping[str, float] | None = None,
+    floor_count: int = 0,
+) -> tuple[Number, ...]:
+    """What `measure` found, as a result holds it.
+
+    Args:
+        network: name of the feature network, for the labels.
+        floors: from `clean_floor`: its values. floor_count: its count.
+    """
+    below = {name: FloorValue(value, floor_count) for name, value in (floors or {}).items()}
+    return tuple(
+        Number(name, table[name].label_for(network), table[name].better, estimate, below.get(name))
+        for name, estimate in estimates.items()
+    )
+
+
+def write_result(result: Result, path: Path, fs: FileSystem | None = None) -> None:
+    """One sealed JSON file, whole or not at all; it takes the place of an earlier one.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    fs = fs or LocalFileSystem()
+    document = {"format": _FORMAT, "version": _VERSION, "smalti": smalti_version(), **to_dict(result)}
+    data = seal(document)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(fs, path.parent, len(data), f"result {path.name}", "make room and run again"):
+        make_folders(fs, path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            fs.remove_file(temporary)
+        write_file(fs, temporary, [data])
+        fs.rename(temporary, path)
+        fs.sync_folder(path.parent)
+
+
+def read_result(path: Path) -> Result:
+    """What `write_result` wrote.
+
+    Raises:
+        DataError: there is no such file.
+        CheckpointError: it was changed since, or is something else.
+        NewerFormatError: a newer smalti wrote it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; give a result file") from error
+    document = unseal(data, str(path))
+    check_format(document, _FORMAT, _VERSION, str(path))
+    for key in ("format", "version", "smalti"):
+        document.pop(key, None)
+    try:
+        return from_dict(Result, document, str(path))
+    except (ConfigError, NumericError) as error:
+        raise CheckpointError(f"{error}; it is no result as smalti writes them") from error
