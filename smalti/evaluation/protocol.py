@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from smalti import __version__
 from smalti.config import did_you_mean, to_dict
 from smalti.errors import ConfigError
 from smalti.evaluation.features import NetworkIdentity
@@ -69,7 +68,7 @@ class Protocol:
         network: the feature network.
         reference: None where it is unknown or where no metric has one.
         metrics: one rule a metric.
-        smalti: version of the code.
+        smalti: version of the code, `smalti.__version__`.
 
     Raises:
         ConfigError: two rules of one name, or a setting that JSON cannot hold.
@@ -86,7 +85,7 @@ class Protocol:
     network: NetworkIdentity | None = None
     reference: Reference | None = None
     metrics: tuple[MetricRule, ...] = ()
-    smalti: str | None = __version__
+    smalti: str | None = None
 
     def __post_init__(self) -> None:
         names = [rule.name for rule in self.metrics]
