@@ -114,14 +114,14 @@ def index_folder(
     if not root.is_dir():
         raise DataError(f"{root}: is a file; give the folder that contains the images")
     rejected: list[RejectedFile] = []
-    found = sorted(_walk(root, rejected))
-    class_names = _class_names(root, found)
+    found = sorted(walk_files(root, rejected))
+    class_names = class_folders(root, found)
     entries: list[IndexEntry] = []
     for done, path in enumerate(found):
         try:
             entry, decoded = _look_at(root, path, class_names)
         except UnusableImageError as error:
-            rejected.append(RejectedFile(path, str(error), other=not _should_be_image(root, path)))
+            rejected.append(RejectedFile(path, str(error), other=not should_be_image(root, path)))
         else:
             if on_image:
                 on_image(len(entries), entry, decoded)
@@ -138,8 +138,8 @@ def index_folder(
     return FolderIndex(root, class_names, tuple(entries), tuple(rejected))
 
 
-def _walk(root: Path, rejected: list[RejectedFile]) -> Iterator[str]:
-    """Paths of all regular files below `root`."""
+def walk_files(root: Path, rejected: list[RejectedFile]) -> Iterator[str]:
+    """Paths of all regular files below `root`, in no order; what is passed over is added to `rejected`."""
     top = os.path.realpath(root)
     seen: set[tuple[int, int]] = set()
     waiting = [""]
@@ -181,7 +181,7 @@ def _walk(root: Path, rejected: list[RejectedFile]) -> Iterator[str]:
                 rejected.append(RejectedFile(path, f"cannot be read: {error.strerror}"))
 
 
-def _class_names(root: Path, found: Sequence[str]) -> tuple[str, ...]:
+def class_folders(root: Path, found: Sequence[str]) -> tuple[str, ...]:
     """Sub-folders of `root`, if any of them holds a file that should be an image."""
     claimed = [path for path in found if os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES]
     if not any("/" in path for path in claimed or found):
@@ -196,7 +196,8 @@ def _class_names(root: Path, found: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _should_be_image(root: Path, path: str) -> bool:
+def should_be_image(root: Path, path: str) -> bool:
+    """Whether its name or its first bytes promise an image."""
     if os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES:
         return True
     try:
@@ -207,7 +208,7 @@ def _should_be_image(root: Path, path: str) -> bool:
 
 
 def _look_at(root: Path, path: str, class_names: Sequence[str]) -> tuple[IndexEntry, Decoded]:
-    data, size, mtime_ns = _read_bytes(root, path)
+    data, size, mtime_ns = read_regular_file(root, path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         decoded = decode(data)
@@ -219,8 +220,12 @@ def _look_at(root: Path, path: str, class_names: Sequence[str]) -> tuple[IndexEn
     return IndexEntry(path, size, mtime_ns, digest, decoded.format, decoded.mode, image_size, label, notes), decoded
 
 
-def _read_bytes(root: Path, path: str) -> tuple[bytes, int, int]:
-    """(content, size, mtime_ns); all three of the same open file."""
+def read_regular_file(root: Path, path: str) -> tuple[bytes, int, int]:
+    """(content, size, mtime_ns); all three of the same open file.
+
+    Raises:
+        UnusableImageError: it cannot be read, is no regular file, or is larger than any image should be.
+    """
     try:
         # O_NONBLOCK: a file that became a pipe must not stop the reader for ever.
         with open(
@@ -282,7 +287,7 @@ class FolderImages:
         with self._tally.lock:
             self._tally.reads += 1
         try:
-            data, size, mtime_ns = _read_bytes(self.index.root, entry.path)
+            data, size, mtime_ns = read_regular_file(self.index.root, entry.path)
             if (size, mtime_ns) != (entry.size, entry.mtime_ns):
                 raise UnusableImageError("changed since it was checked")
             return np.asarray(centre_crop(decode(data).image, self.image_size))
