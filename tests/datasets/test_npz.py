@@ -2,15 +2,18 @@
 
 import errno
 import hashlib
+import io
 import os
 import platform
 import subprocess
+import tracemalloc
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
 
-from smalti.data.npz import write_images
+from smalti.data.npz import open_npz_images, write_images
 from smalti.errors import DataError, StorageError
 from smalti.storage.filesystem import LocalFileSystem
 
@@ -114,3 +117,182 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     (tmp_path / f".x.npz.{node}-{os.getpid()}.tmp").write_bytes(b"half")
     write_images(tmp_path / "x.npz", [pixels()], count=10, image_size=(6, 4))
     assert sorted(os.listdir(tmp_path)) == sorted([living.name, "x.npz"])
+
+
+# Reading
+
+
+def everything(source, indices=None, rows=3):
+    blocks = list(source.blocks(range(len(source)) if indices is None else indices, rows))
+    assert all(len(block) <= rows for block in blocks)
+    return np.concatenate(blocks)
+
+
+@pytest.fixture(params=["ours", "numpy", "compressed"])
+def stored(request, tmp_path):
+    path, images = tmp_path / f"{request.param}.npz", pixels()
+    if request.param == "ours":
+        write_images(path, [images], count=10, image_size=(6, 4), class_labels=range(10))
+    else:
+        (np.savez if request.param == "numpy" else np.savez_compressed)(path, images, np.arange(10))
+    return path
+
+
+def test_images_come_back_in_blocks_in_any_order(stored):
+    source = open_npz_images(stored)
+    assert (len(source), source.image_size, source.class_labels.tolist()) == (10, (6, 4), list(range(10)))
+    np.testing.assert_array_equal(everything(source), pixels())
+    for chosen in ([3, 4, 5, 9], [9, 0, 0, 5, 4, 3, 8], []):
+        blocks = list(source.blocks(chosen, 3))
+        assert sum(map(len, blocks)) == len(chosen)
+        if chosen:
+            np.testing.assert_array_equal(np.concatenate(blocks), pixels()[chosen])
+
+
+def test_fingerprint_is_that_of_the_pixels_and_their_order(stored, tmp_path):
+    write_images(tmp_path / "again.npz", [pixels()], count=10, image_size=(6, 4))
+    write_images(tmp_path / "turned.npz", [pixels()[::-1]], count=10, image_size=(6, 4))
+    assert open_npz_images(stored).fingerprint == open_npz_images(tmp_path / "again.npz").fingerprint
+    assert open_npz_images(stored).fingerprint != open_npz_images(tmp_path / "turned.npz").fingerprint
+
+
+def test_another_key_can_be_named(tmp_path):
+    np.savez(tmp_path / "x.npz", images=pixels(), arr_1=np.arange(10))
+    source = open_npz_images(tmp_path / "x.npz", "images")
+    np.testing.assert_array_equal(everything(source), pixels())
+    assert source.class_labels is None
+
+
+def test_what_is_no_label_of_each_image_is_left_out_with_a_note(tmp_path):
+    np.savez(tmp_path / "x.npz", pixels(), np.zeros(4))
+    source = open_npz_images(tmp_path / "x.npz")
+    assert source.class_labels is None
+    assert source.notes == ("arr_1 is float64 (4,), no labels of 10 images; left out",)
+
+
+CHANNELS_FIRST = np.ascontiguousarray(pixels().transpose(0, 3, 1, 2))
+LAYOUT = r"; ADM's layout is arr_0, uint8 \(N, H, W, 3\), RGB$"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "line"),
+    [
+        ({"images": pixels(), "labels": np.arange(10)}, r"has no array 'arr_0'; its keys are: images, labels$"),
+        ({}, r"has no array 'arr_0'; its keys are: none$"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, r"statistics of images \(mu, sigma\) and no images; .*reference"),
+        ({"arr_0": pixels() / 255}, r"arr_0 is float64 \(10, 6, 4, 3\): floats, whose range is unknown: .*" + LAYOUT),
+        ({"arr_0": pixels().astype(int)}, r"int64 \(10, 6, 4, 3\): not 8 bits for each colour" + ".*" + LAYOUT),
+        ({"arr_0": CHANNELS_FIRST}, r"channels come first: transpose to \(N, H, W, 3\)" + LAYOUT),
+        ({"arr_0": CHANNELS_FIRST / 255}, r"floats, whose range is unknown: .* as uint8; channels come first"),
+        ({"arr_0": pixels()[..., 0]}, r"uint8 \(10, 6, 4\): grey images; .*repeat grey three times.*" + LAYOUT),
+        ({"arr_0": pixels()[..., :1]}, r"grey images"),
+        ({"arr_0": pixels()[:, None, :, :, 0]}, r"grey images"),
+        ({"arr_0": np.zeros((2, 5, 6, 4), np.uint8)}, r"four channels: put the images on a background"),
+        ({"arr_0": np.zeros((2, 5, 6, 7), np.uint8)}, r"not three channels"),
+        ({"arr_0": np.zeros((2, 5), np.uint8)}, r"an array of 2 dimensions holds no images"),
+        ({"arr_0": pixels()[:0]}, r"uint8 \(0, 6, 4, 3\): there is no image in it"),
+        ({"arr_0": np.asfortranarray(pixels())}, r"Fortran order"),
+        ({"arr_0": np.array([{}, "x"], dtype=object)}, r"arr_0 holds pickled Python objects, which are never read"),
+        ({"arr_0": np.zeros(3, dtype=[("名", "u1")])}, r"damaged or cannot be read"),
+    ],
+)
+def test_what_is_no_file_of_images_is_refused_in_one_line(tmp_path, arrays, line):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's own, on the name of a field
+        np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(DataError, match=line) as caught:
+        open_npz_images(tmp_path / "x.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_of_pixels_is_an_image_and_not_grey(tmp_path):
+    np.savez(tmp_path / "x.npz", pixels(rows=1))
+    assert open_npz_images(tmp_path / "x.npz").image_size == (1, 4)
+
+
+def test_missing_files_and_files_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        open_npz_images(tmp_path / "x.npz")
+    (tmp_path / "x.npz").write_bytes(b"not a zip")
+    with pytest.raises(DataError, match=r"is no .npz file"):
+        open_npz_images(tmp_path / "x.npz")
+    with zipfile.ZipFile(tmp_path / "y.npz", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("arr_0.npy", b"1" * 100)
+    with pytest.raises(DataError, match="compressed in a way that numpy does not use"):
+        open_npz_images(tmp_path / "y.npz")
+
+
+def with_header(path, shape, data, compression=zipfile.ZIP_STORED):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + data)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 6, 4, 3), (11, 6, 4, 3), (9, 6, 4, 3), (-1, 6, 4, 3)])
+def test_an_array_that_claims_other_bytes_than_it_has_is_refused(tmp_path, shape):
+    with_header(tmp_path / "x.npz", shape, pixels().tobytes())
+    with pytest.raises(DataError, match=r"arr_0 claims to be uint8 .* and has 720; the file is damaged"):
+        open_npz_images(tmp_path / "x.npz")
+
+
+def test_an_archive_that_claims_more_than_its_bytes_can_hold_is_refused_before_room_is_made(tmp_path):
+    path = tmp_path / "x.npz"
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with_header(path, (10, 6, 4, 3), pixels().tobytes(), compression)
+        data = bytearray(path.read_bytes())
+        at = data.index(b"PK\1\2") + 24  # the size claimed in the directory
+        data[at : at + 4] = (0x7FFFFFFF).to_bytes(4, "little")
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"arr_0 claims 2,147,483,647 bytes, more than its .* can hold"):
+            open_npz_images(path)
+
+
+def test_no_flipped_bit_of_the_file_is_more_than_one_line_and_none_of_the_pixels_stays_unseen(stored, tmp_path):
+    whole, path = stored.read_bytes(), tmp_path / "flipped.npz"
+    right = open_npz_images(stored).fingerprint
+    outcomes, lines = {"same": 0, "refused": 0}, set()
+    for at in range(0, len(whole), 3):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        try:
+            source = open_npz_images(path)
+            found = source.fingerprint
+            everything(source)
+        except DataError as error:
+            lines.add(str(error).count("\n"))
+            outcomes["refused"] += 1
+        else:
+            # A time stamp, an attribute, or a shape of as many pixels: never other pixels of the same shape.
+            assert found == right or source.header.shape != (10, 6, 4, 3)
+            outcomes["same"] += 1
+    assert outcomes["refused"] > outcomes["same"]
+    assert lines == {0}
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(stored):
+    source = open_npz_images(stored)
+    os.truncate(stored, 400)
+    with pytest.raises(DataError, match=r"ends in the middle|damaged or cannot be read"):
+        everything(source)
+
+
+def test_blocks_of_a_large_file_need_no_memory_for_the_rest(tmp_path):
+    piece = np.zeros((64, 32, 32, 3), np.uint8)
+    count = 64 * 160  # 31 MB
+    for write in ("stored", "deflated"):
+        path = tmp_path / f"{write}.npz"
+        if write == "stored":
+            tracemalloc.start()
+            write_images(path, (piece for _ in range(160)), count=count, image_size=(32, 32))
+        else:
+            np.savez_compressed(path, np.zeros((count, 32, 32, 3), np.uint8))
+            tracemalloc.start()
+        source = open_npz_images(path)
+        assert source.fingerprint
+        assert sum(len(block) for block in source.blocks(range(count), 64)) == count
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # Pieces of 4 MiB, one being read while another is hashed or inflated.
+        assert peak < 15 << 20
