@@ -1,5 +1,6 @@
 """`smalti sample`."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,21 +8,36 @@ from typing import Annotated, Literal
 import tyro
 
 from smalti.sampling import SamplingConfig
-from smalti.workflows.sample import sample_to_folder
+from smalti.workflows.sample_request import SampleSettings
+from smalti.workflows.sample_set import sample_set
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Draw images from a trained model: one PNG per seed, a grid of all, and the settings beside them."""
+    """Draw images from a trained model: one PNG per seed or one file of all, a grid, and the settings beside them.
+
+    For many images, start the same command in as many processes as you like (torchrun, by hand, as a job array): they
+    share the work. Killed or stopped, the same command goes on where it was.
+    """
 
     model: Annotated[Path, tyro.conf.Positional]
     """Run folder or model folder."""
     classes: tuple[str, ...] = ()
-    """Class names or numbers, used in turn; none = drawn from each seed."""
+    """Class names or numbers, used in turn; none = as --labels says."""
+    labels: Literal["random", "balanced"] = "random"
+    """Without --classes: uniform at random, from each seed, as the papers do; or every class equally often."""
     seeds: str = "0-15"
     """One image each, e.g. 0-49 or 3,7,20-29; an image depends on its seed, not on its neighbours."""
     out: Path = Path("samples")
-    """Folder for the images."""
+    """Folder for the images, of one set each."""
+    save: tuple[Literal["png", "npz"], ...] = ("png",)
+    """SEED.png for each image, or samples.npz with all of them in the layout of ADM's evaluation, or both."""
+    overwrite: bool = False
+    """Where --out holds another set of samples, remove that one first."""
+    chunks: str = ""
+    """Make only the chunks a:b (numbers from 0, b not included), for job arrays; none = whichever are missing."""
+    chunk_size: int | None = None
+    """Images a chunk, the unit that is shared out and stored; none = 64, or the next multiple of micro_batch."""
     micro_batch: int = 16
     """Images at once; part of what makes the bits, so it is recorded."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -31,21 +47,17 @@ class Sample:
     for many images); the bits differ from mode to mode, so it is recorded."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    threads: int | None = None
+    """Threads of this process on a CPU; part of what makes the bits. None = as the processes before it, or torch's own
+    number."""
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(sampler="dpm-solver++", num_inference_steps=25, guidance_scale=2.0)
     )
     """How to draw them."""
 
     def run(self) -> None:
-        grid = sample_to_folder(
-            self.model,
-            self.out,
-            seeds=self.seeds,
-            classes=self.classes,
-            config=self.sampling,
-            micro_batch=self.micro_batch,
-            device=self.device,
-            precision=self.precision,
-            inference=self.inference,
-        )
-        print(grid)
+        result = sample_set(SampleSettings(**vars(self)))
+        if result.note:
+            print(result.note, file=sys.stderr)
+        for path in result.outputs:
+            print(path)

@@ -6,23 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti import streams
 from smalti.checkpoints import load_bundle
-from smalti.config import did_you_mean, from_dict, to_dict
+from smalti.config import did_you_mean, from_dict
 from smalti.diffusion.levels import build_schedule
 from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import CheckpointError, ConfigError
 from smalti.models import BackboneConfig, InferenceForm, InferenceMode, config_of, inference_form
 from smalti.presets import list_models
-from smalti.report.files import write_text
-from smalti.report.images import save_grid, save_image
-from smalti.sampling import SAMPLERS, SamplingConfig, sample_latents
-from smalti.training.device import autocast_dtype, resolve_device
-from smalti.workflows.progress import ProgressReport
+from smalti.sampling import SamplingConfig, sample_latents
+from smalti.training.device import autocast_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +32,18 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class Source:
-    """A trained network and what sampling must know about it."""
+    """A trained network and what sampling must know about it.
+
+    Attributes:
+        weights: "ema" = moving averages, as `smalti train` stores them; of converted weights, which part was taken.
+        steps: of its training, where known.
+    """
 
     model: nn.Module
     objective: ObjectiveConfig
     class_names: tuple[str, ...]
+    weights: str = "unknown"
+    steps: int | None = None
 
     @property
     def config(self) -> BackboneConfig:
@@ -75,11 +78,25 @@ def load_source(path: Path, device: torch.device) -> Source:
     if "objective" not in bundle.extra:
         raise CheckpointError(f"{path} does not say what its network predicts; it was not written by `smalti train`")
     objective = from_dict(ObjectiveConfig, bundle.extra["objective"], f"{path}: objective")
-    return Source(bundle.model.to(device), objective, tuple(bundle.extra.get("class_names", ())))
+    names = tuple(bundle.extra.get("class_names", ()))
+    trained, converted = bundle.extra.get("trained"), bundle.extra.get("converted_from")
+    weights = "ema" if trained else converted["weights"] if converted else "unknown"
+    return Source(bundle.model.to(device), objective, names, weights, trained["steps"] if trained else None)
 
 
-def read_classes(source: Source, wanted: Sequence[str], count: int, seeds: Sequence[int]) -> list[int] | None:
-    """One label per image: the wanted classes in turn, by number or name, or drawn from each seed when none is wanted.
+def read_classes(
+    source: Source,
+    wanted: Sequence[str],
+    count: int,
+    seeds: Sequence[int],
+    *,
+    otherwise: Literal["random", "balanced"] = "random",
+) -> list[int] | None:
+    """One label per image: the wanted classes in turn, by number or name.
+
+    Args:
+        otherwise: when none is wanted: random = uniform and independent, drawn from each seed; balanced = every class
+            in turn along the seeds, so that no class has two images more than another.
 
     Raises:
         ConfigError: a class that the model does not have.
@@ -89,6 +106,8 @@ def read_classes(source: Source, wanted: Sequence[str], count: int, seeds: Seque
         if wanted:
             raise ConfigError("this model has no classes: leave --classes out")
         return None
+    if not wanted and otherwise == "balanced":
+        return [position % total for position in range(count)]
     if not wanted:
         return [streams.key(seed, streams.SAMPLE_LABEL) % total for seed in seeds]
     labels = [_read_class(name, source.class_names, total) for name in wanted]
@@ -159,67 +178,3 @@ def parse_seeds(text: str) -> list[int]:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
-
-
-def sample_to_folder(
-    model: Path,
-    out: Path,
-    *,
-    seeds: str,
-    classes: Sequence[str],
-    config: SamplingConfig,
-    micro_batch: int,
-    device: str,
-    precision: str = "fp32",
-    inference: Literal["none"] | InferenceMode = "none",
-) -> Path:
-    """Write `SEED.png` for each seed, `grid.png` and `sample.yaml`; returns the path of the grid.
-
-    Raises:
-        SmaltiError: whatever the user can mend; nothing is written before all settings are known to be good.
-    """
-    where = resolve_device(device)
-    numbers = parse_seeds(seeds)
-    if micro_batch < 1:
-        raise ConfigError(f"micro_batch must be at least 1, got {micro_batch}")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give a folder")
-    source = load_source(model, where)
-    labels = read_classes(source, classes, len(numbers), numbers)
-    if inference != "none":
-        source = source.for_inference(inference, precision)
-    settings = {
-        "model": str(model),
-        "seeds": seeds,
-        "class_labels": labels,
-        "sampling": to_dict(config),
-        # what else decides the bits
-        "micro_batch": micro_batch,
-        "precision": precision,
-        "inference": source.model.mode if isinstance(source.model, InferenceForm) else "none",
-        "device": str(where),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
-    steps = SAMPLERS[config.sampler].evaluations(config.num_inference_steps)
-    batches_in_all = -(-len(numbers) // micro_batch)
-    images: list[Tensor] = []
-    with ProgressReport("sampling", batches_in_all * config.num_inference_steps, unit="steps") as progress:
-        batches = sample(
-            source,
-            numbers,
-            labels,
-            config,
-            micro_batch=micro_batch,
-            device=where,
-            precision=precision,
-            on_step=lambda done, total, _: progress.update(done, f"{steps} evaluations an image"),
-        )
-        for batch in batches:
-            for image, seed in zip(batch.images, batch.seeds, strict=True):
-                save_image(image, out / f"{seed:06d}.png")
-            images.append(batch.images)
-    write_text(out / "sample.yaml", yaml.safe_dump(settings, sort_keys=False))
-    everything = torch.cat(images)
-    save_grid(everything, out / "grid.png", columns=max(1, round(len(everything) ** 0.5)))
-    return out / "grid.png"
