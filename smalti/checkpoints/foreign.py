@@ -35,6 +35,7 @@ _MARKS = (  # offset, bytes, what it is
     (257, b"ustar", f"a tar archive, torch's oldest form, which can run code when it is read: {_SAFE}"),
     (0, b"\x80", f"a bare pickle, torch's form before 1.6, which can run code when it is read: {_SAFE}"),
 )
+_OLD_FORM = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's number for it, pickled
 # The process finds smalti where this one did, whatever its working directory and environment say.
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
@@ -57,11 +58,13 @@ class ForeignWeights:
     settings: Mapping[str, Any]
 
 
-def read_foreign(path: Path, part: Part = "auto") -> ForeignWeights:
+def read_foreign(path: Path, part: Part = "auto", *, old_form: bool = False) -> ForeignWeights:
     """Read `.safetensors`, or `.pt`, `.pth`, `.bin` as `torch.save` writes them since 1.6.
 
     Args:
         part: which weights of a training checkpoint; auto = the moving average if there is one.
+        old_form: also read what torch wrote before 1.6, a bare pickle. It cannot be looked at before it is read, though
+            it is read apart and without running code, too: for files that are known by their hash.
 
     Raises:
         CheckpointError: it is of another kind, damaged, asks for code, or has no such part.
@@ -79,6 +82,8 @@ def read_foreign(path: Path, part: Part = "auto") -> ForeignWeights:
         raise CheckpointError(f"{path} is of no kind that is read here ({', '.join(_SUFFIXES)}){extra}")
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         check_zip(path)
+        return _read_apart(path, part, size)
+    if old_form and start.startswith(_OLD_FORM):
         return _read_apart(path, part, size)
     if path.suffix.lower() != ".safetensors" and (known := _recognise(start)):
         raise CheckpointError(f"{path} is {known}")

@@ -14,6 +14,7 @@ import math
 import os
 import resource
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def extract(path: str, wanted: str) -> tuple[str, dict[str, Tensor], dict[str, A
     Raises:
         Refused: there is no such part, or it is not made of named tensors. Anything else: the file is damaged.
     """
+    # Files from before torch 1.6 are no archives, and cannot be mapped.
     with torch.serialization.safe_globals([(Namespace, "argparse.Namespace")]):
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(loaded, dict):
         raise Refused(f"holds one {type(loaded).__name__}, not a table of tensors")
     inside = [part for part in PARTS if isinstance(loaded.get(part), Mapping)]
