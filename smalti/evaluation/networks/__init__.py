@@ -10,7 +10,30 @@ from smalti.evaluation.features import FeatureNetwork
 # module themselves: some of them need packages that are not always there.
 Builder = Callable[[str, str], FeatureNetwork]
 
-NETWORKS: dict[str, Builder] = {}
+
+def _inception(rest: str, device: str) -> FeatureNetwork:
+    from smalti.evaluation.networks.inception import build_inception
+
+    return build_inception(rest, device)
+
+
+def _lite0(rest: str, device: str) -> FeatureNetwork:
+    from smalti.evaluation.networks.lite0 import build_lite0
+
+    return build_lite0(rest, device)
+
+
+def _dinov2(rest: str, device: str) -> FeatureNetwork:
+    from smalti.evaluation.networks.dinov2 import build_dinov2
+
+    return build_dinov2(rest, device)
+
+
+NETWORKS: dict[str, Builder] = {
+    "inception": _inception,
+    "lite0": _lite0,
+    "dinov2": _dinov2,
+}
 
 
 def build_network(spec: str, *, device: str = "cpu") -> FeatureNetwork:
