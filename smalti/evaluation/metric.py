@@ -46,6 +46,8 @@ class Metric:
             name is added to the label.
         bounds: the values that are possible.
         caution: one line on what is wrong with the number for these two sets, or "".
+        ordered: another order of the same images gives a slightly different number, because it is made from pieces of
+            them by position.
     """
 
     label: str
@@ -57,6 +59,7 @@ class Metric:
     network: str | None = None
     bounds: tuple[float, float] = (-math.inf, math.inf)
     caution: Callable[[FeatureSet, FeatureSet | None], str] = lambda ours, reference: ""
+    ordered: bool = False
 
     def label_for(self, network: str) -> str:
         """The name of the number when it is made with this feature network: FID, but KID-lite0."""
