@@ -1,0 +1,85 @@
+"""Inception Score: how sure the classifier is of each image, and how different the images are.
+
+Source: Salimans et al. 2016, arXiv:1606.03498, sec. 4; the ADM suite's rule of splits.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.features import FeatureSet
+from smalti.evaluation.metric import GROUPS, Metric, Values
+
+SPLIT = 5000
+
+
+def inception_score(logits: Float[Tensor, "N K"], *, split_size: int = SPLIT) -> float:
+    """Mean over consecutive splits of exp(mean KL(p_i || mean p)); 1 to the number of classes, higher is better.
+
+    Args:
+        logits: before the softmax and without the classifier's bias, as the suite takes them.
+        split_size: images of each split; the last one is shorter and counts as much as the others.
+
+    Raises:
+        ConfigError: `split_size` is below 1.
+        DataError: there is no image.
+    """
+    if split_size < 1:
+        raise ConfigError(f"a split has at least 1 image, got split_size {split_size}")
+    if not len(logits):
+        raise DataError("the Inception Score of no image is not a number; give some")
+    scores = []
+    for rows in logits.split(split_size):
+        log_p = rows.double().log_softmax(dim=1)
+        log_mean = log_p.logsumexp(dim=0) - math.log(len(rows))  # finite where a mean of probabilities underflows
+        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp()))
+    # PARITY: short-split. The last split, shorter and so lower in score, weighs as much as the others.
+    return sum(scores) / len(scores)
+
+
+def inception_score_from_probabilities(probabilities: Float[Tensor, "N K"], *, split_size: int = SPLIT) -> float:
+    """The same from probabilities, each row a distribution; a probability of 0 adds nothing.
+
+    Raises:
+        ConfigError: `split_size` is below 1.
+        DataError: there is no image, or a row is no distribution.
+    """
+    sums = probabilities.double().sum(dim=1)
+    if not ((probabilities >= 0).all() and (sums - 1).abs().le(1e-3).all()):  # so put, NaN is refused too
+        raise DataError("each row of probabilities must be at least 0 and sum to 1; give the softmax of the logits")
+    tiny = torch.finfo(torch.float64).tiny
+    return inception_score(probabilities.double().clamp_min(tiny).log(), split_size=split_size)
+
+
+def _family(ours: FeatureSet, reference: FeatureSet | None, groups: Tensor | None) -> Mapping[str, Values]:
+    logits = ours.rows("logits")
+    without = () if groups is None else tuple(inception_score(logits[groups != out]) for out in range(GROUPS))
+    return {"inception_score": Values(inception_score(logits), without)}
+
+
+def _caution(ours: FeatureSet, reference: FeatureSet | None) -> str:
+    count = len(ours.rows("logits"))
+    if count >= SPLIT:
+        return ""
+    return f"{count:,} images do not fill a split of {SPLIT:,}, which makes the score too low"
+
+
+INCEPTION_SCORE = Metric(
+    label="Inception Score",
+    better="higher",
+    needs=("logits",),
+    reference="nothing",
+    family=_family,
+    definition=(
+        f"mean over consecutive splits of {SPLIT} images, the last one shorter, of exp(mean KL(p_i || mean p)); "
+        "p = softmax of the logits without bias; float64"
+    ),
+    network="inception",
+    bounds=(1, math.inf),
+    caution=_caution,
+    ordered=True,
+)

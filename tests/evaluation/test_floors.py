@@ -1,0 +1,63 @@
+"""The floor: real images against real images."""
+
+import pytest
+import torch
+
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.features import FeatureSet
+from smalti.evaluation.floors import clean_floor
+from smalti.evaluation.metric import measure
+from smalti.evaluation.metrics import METRICS
+
+
+def _real(count=300, width=12, seed=0):
+    return FeatureSet({"pool": torch.randn(count, width, generator=torch.Generator().manual_seed(seed))})
+
+
+def _floor(reference, count, names=("fd", "kid"), **kwargs):
+    return clean_floor(reference, count, names, METRICS, network="lite0", **kwargs)
+
+
+def test_a_perfect_generator_scores_the_floor():
+    floor = _floor(_real(), 100, repeats=5)
+    assert (floor.count, floor.against) == (100, 200)
+    perfect = [
+        measure(_real(100, seed=seed), _real(200, seed=seed + 1), ["fd"], METRICS, network="lite0")["fd"].value
+        for seed in range(10, 30, 2)
+    ]
+    spread = float(torch.tensor(perfect).std())
+    assert floor.values["fd"] == pytest.approx(sum(perfect) / len(perfect), abs=3 * spread)
+    assert floor.values["fd"] > 5 * abs(floor.values["kid"])  # fd of 100 images is far from 0, kid is honest
+
+
+def test_the_floor_falls_with_the_number_of_images_and_is_the_same_every_time():
+    real = _real()
+    assert _floor(real, 100).values["fd"] < _floor(real, 30).values["fd"]
+    assert _floor(real, 30) == _floor(real, 30)
+
+
+def test_no_more_than_half_of_the_reference_is_taken_and_said():
+    floor = _floor(_real(101), 5000)
+    assert (floor.count, floor.against) == (50, 51)
+
+
+def test_only_comparisons_for_which_there_are_features_have_a_floor():
+    real = _real()
+    names = ["fid", "sfid", "inception_score", "kid"]
+    assert set(clean_floor(real, 50, names, METRICS, network="inception").values) == {"fid", "kid"}
+    stated = FeatureSet({}, {"pool": real.moments("pool")})
+    assert clean_floor(stated, 50, names, METRICS, network="inception").values == {}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: _floor(_real(), 1), DataError, "at least 2"),
+        (lambda: _floor(_real(), 30, repeats=0), ConfigError, "repeats 0"),
+        (lambda: _floor(_real(), 30, ["fdd"]), ConfigError, "did you mean 'fd'"),
+        (lambda: _floor(_real(), 30, ["fid"]), ConfigError, "defined by the inception features"),
+    ],
+)
+def test_a_floor_that_cannot_be_computed_gets_one_line(call, error, says):
+    with pytest.raises(error, match=says):
+        call()

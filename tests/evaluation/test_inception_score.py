@@ -1,0 +1,78 @@
+"""Inception Score: the numbers of the ADM suite, and cases worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.features import FeatureSet
+from smalti.evaluation.inception_score import (
+    INCEPTION_SCORE,
+    inception_score,
+    inception_score_from_probabilities,
+)
+from smalti.evaluation.metric import GROUPS, group_of_each
+
+GOLDEN = Path(__file__).parents[1] / "data" / "parity"
+FILES = json.loads((GOLDEN / "index_metrics_moments.json").read_text())["files"]
+CASES = FILES["metric_inception_score.safetensors"]["cases"]
+TENSORS = load_file(GOLDEN / "metric_inception_score.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_score_is_that_of_the_suite(case):
+    logits = TENSORS[f"{case}.input.pool_features"] @ TENSORS["input.weight"]
+    stated, split_size = float(TENSORS[f"{case}.output.inception_score"]), CASES[case]["split_size"]
+    assert inception_score(logits, split_size=split_size) == pytest.approx(stated, rel=2e-5)  # the suite's is float32
+    from_probabilities = inception_score_from_probabilities(logits.softmax(dim=1), split_size=split_size)
+    assert from_probabilities == pytest.approx(stated, rel=2e-5)
+
+
+def test_sure_and_even_answers_score_the_number_of_classes_and_equal_answers_score_one():
+    assert inception_score(1000.0 * torch.eye(7)) == pytest.approx(7, rel=1e-12)
+    assert inception_score_from_probabilities(torch.eye(7)) == pytest.approx(7, rel=1e-12)
+    assert inception_score(torch.randn(1, 7).expand(30, 7)) == pytest.approx(1, rel=1e-12)
+
+
+def test_a_class_that_nobody_can_be_is_no_trouble():
+    logits = torch.tensor([[0.0, -2000.0, 0.0], [0.0, -2000.0, 0.0]])
+    assert inception_score(logits) == pytest.approx(1, rel=1e-12)
+
+
+def test_a_shorter_last_split_weighs_as_much_as_the_others():
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    parts = [inception_score(logits[:4]), inception_score(logits[4:])]
+    assert inception_score(logits, split_size=4) == pytest.approx(sum(parts) / 2, rel=1e-12)
+    assert parts[1] == pytest.approx(1, rel=1e-12)
+
+
+def test_leaving_out_keeps_the_order_of_the_other_images():
+    logits = torch.randn(5600, 6, generator=torch.Generator().manual_seed(0))
+    groups = group_of_each(5600)
+    found = INCEPTION_SCORE.family(FeatureSet({"logits": logits}), None, groups)["inception_score"]
+    assert found.value == inception_score(logits)
+    assert found.without == tuple(inception_score(logits[groups != out]) for out in range(GROUPS))
+
+
+def test_a_split_that_is_not_full_is_named():
+    caution = INCEPTION_SCORE.caution(FeatureSet({"logits": torch.zeros(30, 4)}), None)
+    assert "30 images do not fill a split of 5,000" in caution
+    assert INCEPTION_SCORE.caution(FeatureSet({"logits": torch.zeros(5000, 4)}), None) == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: inception_score(torch.zeros(3, 4), split_size=0), ConfigError, "split_size 0"),
+        (lambda: inception_score(torch.zeros(0, 4)), DataError, "give some"),
+        (lambda: inception_score_from_probabilities(torch.zeros(3, 4)), DataError, "sum to 1"),
+        (lambda: inception_score_from_probabilities(torch.full((3, 4), torch.nan)), DataError, "sum to 1"),
+        (lambda: inception_score_from_probabilities(torch.tensor([[1.5, -0.5]])), DataError, "at least 0"),
+    ],
+)
+def test_what_has_no_score_gets_one_line(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
