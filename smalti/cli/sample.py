@@ -24,7 +24,7 @@ class Sample:
     """Run folder or model folder."""
     classes: tuple[str, ...] = ()
     """Class names or numbers, used in turn; none = as --labels says."""
-    labels: Literal["random", "balanced"] = "random"
+    label_rule: Annotated[Literal["random", "balanced"], tyro.conf.arg(name="labels")] = "random"
     """Without --classes: uniform at random, from each seed, as the papers do; or every class equally often."""
     seeds: str = "0-15"
     """One image each, e.g. 0-49 or 3,7,20-29; an image depends on its seed, not on its neighbours."""

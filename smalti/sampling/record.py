@@ -40,7 +40,7 @@ class SampleIdentity:
     config_sha256: str  # of network settings and objective
     seeds: str
     count: int
-    labels: LabelRule
+    label_rule: LabelRule
     sampling: SamplingConfig
     image_size: tuple[int, int]
     micro_batch: int

@@ -32,7 +32,7 @@ class SampleSettings:
 
     Args:
         seeds: one image each, as `parse_seeds` reads them.
-        classes: used in turn; without them `labels` says where classes come from.
+        classes: used in turn; without them `label_rule` says where classes come from.
         chunks: `a:b`, numbers of the chunks that this process is to make, b not included; "" = whichever is missing.
         chunk_size, threads: None = as the set that is there, else 64 (rounded up to micro_batch), and torch's number.
         overwrite: where `out` holds another set, remove that one first; nothing that is not its own.
@@ -43,7 +43,7 @@ class SampleSettings:
     sampling: SamplingConfig
     seeds: str = "0-15"
     classes: tuple[str, ...] = ()
-    labels: Literal["random", "balanced"] = "random"
+    label_rule: Literal["random", "balanced"] = "random"
     micro_batch: int = 16
     device: str = "auto"
     precision: str = "fp32"
@@ -82,7 +82,7 @@ class SampleRequest:
     source: Source
     device: torch.device
     seeds: list[int]
-    labels: list[int] | None
+    class_labels: list[int] | None
     record: SampleRecord
 
 
@@ -107,7 +107,7 @@ def read_request(settings: SampleSettings, place: Place) -> SampleRequest:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if not settings.save:
         raise ConfigError("--save needs png, npz or both")
-    if settings.classes and settings.labels == "balanced":
+    if settings.classes and settings.label_rule == "balanced":
         raise ConfigError("--labels balanced takes every class: leave --classes out, or --labels")
     source = load_source(settings.model, where)
     if source.config.in_channels != 3:
@@ -115,7 +115,7 @@ def read_request(settings: SampleSettings, place: Place) -> SampleRequest:
             f"{settings.model} makes latents of {source.config.in_channels} channels, not images: they need the "
             "decoder that it was trained with"
         )
-    labels = read_classes(source, settings.classes, len(seeds), seeds, otherwise=settings.labels)
+    labels = read_classes(source, settings.classes, len(seeds), seeds, otherwise=settings.label_rule)
     weights, config = _model_digests(settings.model, source)
     if settings.inference != "none":
         source = source.for_inference(settings.inference, settings.precision)
@@ -126,7 +126,7 @@ def read_request(settings: SampleSettings, place: Place) -> SampleRequest:
         config_sha256=config,
         seeds=seeds_text(seeds),
         count=len(seeds),
-        labels=_label_rule(settings, source, labels),
+        label_rule=_label_rule(settings, source, labels),
         sampling=settings.sampling,
         image_size=source.config.sample_size,
         micro_batch=settings.micro_batch,
@@ -159,7 +159,7 @@ def _label_rule(settings: SampleSettings, source: Source, labels: list[int] | No
     if settings.classes:
         given = tuple(labels[: len(settings.classes)])
         return LabelRule(rule="given", num_classes=total, classes=given, sha256=labels_sha256(labels))
-    return LabelRule(rule=settings.labels, num_classes=total, sha256=labels_sha256(labels))
+    return LabelRule(rule=settings.label_rule, num_classes=total, sha256=labels_sha256(labels))
 
 
 def read_range(text: str, identity: SampleIdentity) -> range:

@@ -148,7 +148,7 @@ class _Work:
         batches = sample(
             self.request.source,
             seeds,
-            None if self.request.labels is None else [self.request.labels[row] for row in rows],
+            None if self.request.class_labels is None else [self.request.class_labels[row] for row in rows],
             identity.sampling,
             micro_batch=identity.micro_batch,
             device=self.request.device,
@@ -197,7 +197,12 @@ class _Work:
         if "npz" in identity.save:
             count, size = identity.count, identity.image_size
             file = write_images(
-                self.out / NPZ, images(), count=count, image_size=size, class_labels=self.request.labels, fs=self.fs
+                self.out / NPZ,
+                images(),
+                count=count,
+                image_size=size,
+                class_labels=self.request.class_labels,
+                fs=self.fs,
             )
             outputs.append(OutputFile(name=NPZ, bytes=file.bytes, sha256=file.sha256))
         if "png" in identity.save:
@@ -230,12 +235,12 @@ class _Work:
     def _described(self) -> dict[str, Any]:
         """`sample.yaml`: the settings, for people."""
         identity = self.record.identity
-        labels = self.request.labels
+        labels = self.request.class_labels
         listed = labels is None or len(labels) <= _LISTED
         return {
             "model": self.record.model.path,
             "seeds": identity.seeds,
-            "labels": identity.labels.rule,
+            "labels": identity.label_rule.rule,
             **({"class_labels": labels} if listed else {}),
             "sampling": to_dict(identity.sampling),
             # what else decides the bits
