@@ -182,7 +182,7 @@ class NpzImages:
             digest.update(piece)
         return digest.hexdigest()
 
-    def blocks(self, indices: Sequence[int], rows: int) -> Iterator[np.ndarray]:
+    def blocks(self, indices: Sequence[int] | np.ndarray, rows: int) -> Iterator[np.ndarray]:
         """uint8 (B, H, W, 3) of the images asked for, at most `rows` at a time, in the order asked for.
 
         Compressed files can only be read forwards: an order that runs back and forth decompresses the file from its
