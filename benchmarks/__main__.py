@@ -9,6 +9,7 @@ from smalti.errors import SmaltiError
 # Each is a module here with `main(arguments) -> exit code`.
 BENCHMARKS = {
     "ema": "how long the weight average should remember, by validation loss of one short run",
+    "features": "feature networks: images per second, and their resize alone, beside the floor of their multiply-adds",
     "mixers": "every mixer alone against scaled_dot_product_attention, 256 to 16,384 tokens",
     "model": "any preset: parameters, GMACs, forward and training step in floors, peak memory",
     "ops": "every op and twin: checked against its reference, then timed, with and without gradients",

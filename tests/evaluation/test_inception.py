@@ -1,5 +1,7 @@
 """The FID Inception network: folded weights, what a call gives and refuses, and what it leaves as it was."""
 
+import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from smalti.errors import CheckpointError, ConfigError, DataError
 from smalti.evaluation.features import FeatureNetwork, extract
 from smalti.evaluation.metric import Metric, check_names
-from smalti.evaluation.networks import NETWORKS, build_network
+from smalti.evaluation.networks import NETWORKS, build_network, inception_weights
 from smalti.evaluation.networks.inception import (
     WIDTHS,
     Convolution,
@@ -199,6 +201,18 @@ def test_a_file_of_own_weights_is_taken_by_path(weights, network, tmp_path):
     save_file(weights, path)
     built = build_network(f"inception:{path}")
     assert built.identity == network.identity
+
+
+def test_the_published_file_alone_makes_the_network_that_fid_is_defined_by(weights, network, tmp_path, monkeypatch):
+    path = tmp_path / "smalti" / inception_weights.FILE_NAME
+    path.parent.mkdir()
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    monkeypatch.setattr(inception_weights, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = build_network("inception")
+    assert built.identity == dataclasses.replace(network.identity, name="inception")
+    batch = images()
+    assert all(torch.equal(built(batch)[kind], rows) for kind, rows in network(batch).items())
 
 
 @pytest.mark.parametrize("spec", ["inception@299", "inception:"])
