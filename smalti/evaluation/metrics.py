@@ -5,6 +5,7 @@ from smalti.evaluation.frechet import FD, FD_PCA64, FID, SFID
 from smalti.evaluation.inception_score import INCEPTION_SCORE
 from smalti.evaluation.kid import KID
 from smalti.evaluation.metric import Metric
+from smalti.evaluation.precision_recall import COVERAGE, DENSITY, PRECISION, RECALL
 
 METRICS: dict[str, Metric] = {
     "fid": FID,
@@ -15,4 +16,8 @@ METRICS: dict[str, Metric] = {
     "fd_pca64": FD_PCA64,
     "fd_infinity": FD_INFINITY,
     "kid": KID,
+    "precision": PRECISION,
+    "recall": RECALL,
+    "density": DENSITY,
+    "coverage": COVERAGE,
 }
