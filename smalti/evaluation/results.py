@@ -10,12 +10,13 @@ from typing import Literal
 
 from smalti.config import did_you_mean, from_dict, to_dict
 from smalti.errors import CheckpointError, ConfigError, DataError, NumericError
-from smalti.evaluation.metric import Estimate, Metric
+from smalti.evaluation.metric import _T, GROUPS, Estimate, Metric
 from smalti.evaluation.protocol import Protocol, as_json_has_it
 from smalti.storage.filesystem import FileSystem, LocalFileSystem, make_folders, storage_errors, write_file
 from smalti.storage.sealed import check_format, seal, smalti_version, unseal
 
 _FORMAT, _VERSION = "smalti result", 1
+T_95 = _T[GROUPS - 1]  # reach of a 95 % interval in standard errors
 
 
 @dataclass(frozen=True)
@@ -181,3 +182,17 @@ def read_result(path: Path) -> Result:
         return from_dict(Result, document, str(path))
     except (ConfigError, NumericError) as error:
         raise CheckpointError(f"{error}; it is no result as smalti writes them") from error
+
+
+def difference(a: Estimate, b: Estimate) -> Estimate | None:
+    """By how much `b` is above `a`, with its 95 % interval; None where one of them has no error.
+
+    The errors come from two choices of images and count as independent: the variance is the sum of both. Each error has
+    nine degrees of freedom, their sum between nine and eighteen; the interval takes nine, the wider one. What the
+    common reference adds to both numbers is in neither.
+    """
+    if a.standard_error is None or b.standard_error is None:
+        return None
+    error = math.hypot(a.standard_error, b.standard_error)
+    gap, reach = b.value - a.value, T_95 * error
+    return Estimate(gap, error, gap - reach, gap + reach)

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: few enough to write by hand, so that a page needs no script and no plotting package."""
+"""Charts as inline SVG: few enough to write by hand, so that a page needs no script and no plotting package."""
 
 import math
 from collections.abc import Sequence
@@ -70,6 +70,72 @@ def line_chart(
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text></svg>')
     return f'<div class="legend">{_legend(series)}</div>' + "".join(parts)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A number with its interval; None where there is none."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    colour: str
+
+
+_LETTERS, _LETTER, _ROW = 26, 6.6, 26  # of a name at most; width of one; height of a row
+
+
+def error_bar_chart(bars: Sequence[Bar], *, title: str, note: str = "", floor: float | None = None) -> str:
+    """An SVG element with a row a number: a dot at its value, a line along its interval.
+
+    Args:
+        note: beside the title, in words.
+        floor: a dashed line, for what one compares with.
+
+    Raises:
+        ValueError: there is no number, or one that is not finite.
+    """
+    values = [v for bar in bars for v in (bar.value, bar.low, bar.high) if v is not None]
+    values += [] if floor is None else [floor]
+    if not bars or not all(map(math.isfinite, values)):
+        raise ValueError(f"a chart needs finite numbers, got {len(bars)} rows")
+    logarithmic = min(values) > 0 and max(values) / min(values) > 20
+    scale = math.log10 if logarithmic else float
+    low, high = scale(min(values)), scale(max(values))
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 0.5
+    low, high = low - margin, high + margin
+    top, right = 30, WIDTH - RIGHT - 8
+    left = 22 + _LETTER * min(_LETTERS, max(len(bar.label) for bar in bars))
+    bottom = top + _ROW * len(bars) + 4
+
+    def place(value: float) -> float:
+        return left + (scale(value) - low) / (high - low) * (right - left)
+
+    parts = [
+        f'<svg class="bars" viewBox="0 0 {WIDTH} {bottom + 24}" role="img" aria-label="{escape(title)}">',
+        f'<text class="title" x="0" y="16">{escape(title)}</text>',
+        f'<text x="{right}" y="16" text-anchor="end">{escape(note)}</text>',
+    ]
+    for tick in _log_ticks(low, high) if logarithmic else _ticks(low, high):
+        x = place(tick)
+        parts.append(f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{tick:.6g}</text>')
+    if floor is not None:
+        x = place(floor)
+        parts.append(f'<line class="floor" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke-dasharray="6 4"/>')
+    for k, bar in enumerate(bars):
+        y = top + _ROW * (k + 0.5) + 2
+        name = bar.label if len(bar.label) <= _LETTERS else bar.label[: _LETTERS - 1] + "…"
+        parts.append(f'<text x="0" y="{y + 4:.1f}">{escape(name)}<title>{escape(bar.label)}</title></text>')
+        if bar.low is not None and bar.high is not None:
+            ends = place(bar.low), place(bar.high)
+            parts.append(
+                f'<path fill="none" stroke="{bar.colour}" stroke-width="2" d="M{ends[0]:.1f} {y - 5:.1f}v10'
+                f'M{ends[0]:.1f} {y:.1f}H{ends[1]:.1f}M{ends[1]:.1f} {y - 5:.1f}v10"/>'
+            )
+        parts.append(f'<circle cx="{place(bar.value):.1f}" cy="{y:.1f}" r="4" fill="{bar.colour}"/>')
+    return "".join(parts) + "</svg>"
 
 
 def _legend(series: Sequence[Series]) -> str:

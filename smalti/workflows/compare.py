@@ -1,0 +1,398 @@
+"""`compare`: results side by side, where their protocols agree; and what papers print, apart from them."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smalti.config import did_you_mean, to_dict
+from smalti.errors import ConfigError, DataError
+from smalti.evaluation.metric import Estimate
+from smalti.evaluation.protocol import UNKNOWN, Difference, check_allowed, unequal
+from smalti.evaluation.results import FloorValue, Number, Result, difference, read_result
+from smalti.presets.published import METRICS_PRINTED, PublishedResult, published
+from smalti.report.files import write_text
+from smalti.report.quality import (
+    CLEAN,
+    CleanRow,
+    Column,
+    QualityTable,
+    QuotedRow,
+    Row,
+    as_markdown,
+    as_text,
+    quality_page,
+    with_error,
+)
+
+ENDINGS = (".md", ".html", ".json", ".txt")
+_FOLDER = "evaluation"  # of a run, for its results
+_ALL_PAIRS = 3  # rows up to which every pair gets a sentence
+_LABELS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
+_CERTAINTY = {
+    "paper": "printed in its paper",
+    "readme": "in its authors' README",
+    "table image": "read from a picture of the paper's table",
+    "quoted": "printed in another paper",
+    "plot": "read off a plot, 3 % either way",
+    "derived": "derived from a stated difference",
+    "secondhand": "from a summary, not seen in the paper",
+}
+_SILENT = ("class_labels", "precision", "feature weights", "reference", "code")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A result with the file that it came from, and its name in the table."""
+
+    name: str
+    path: Path
+    result: Result
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How far apart two rows are in one column; `gap` is None where one of them has no error.
+
+    Attributes:
+        better: of the two, the name of the better one; "" where the gap is within its uncertainty or unknown.
+    """
+
+    label: str
+    first: str
+    second: str
+    gap: Estimate | None
+    better: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        waived: (column label, difference, files) for every part that was allowed to differ.
+    """
+
+    entries: tuple[Entry, ...]
+    table: QualityTable
+    pairs: tuple[Pair, ...]
+    waived: tuple[tuple[str, Difference, tuple[str, str]], ...]
+    quoted: tuple[PublishedResult, ...]
+
+
+def compare(
+    paths: Sequence[Path], *, published_of: Sequence[str] = (), allow: Sequence[str] = (), sort: str = ""
+) -> Comparison:
+    """Put results into one table, a row each, and a column for every number.
+
+    Args:
+        paths: result files, or folders: of runs (their `evaluation` is read), or of results.
+        published_of: presets or families whose published numbers are shown below, apart.
+        allow: parts of the protocol that may differ; "unknown" = whatever is not known.
+        sort: metric or label whose order the rows take; "" = the first.
+
+    Raises:
+        ConfigError: two results differ in what bears on a number that both have, and nothing allows it.
+        DataError: a path holds no result.
+        CheckpointError: a result is damaged.
+    """
+    check_allowed(allow)
+    entries = _named([(path, read_result(path)) for path in _files(paths)])
+    quoted = tuple(dict.fromkeys(row for name in published_of for row in published(name)))
+    labels = dict.fromkeys(number.label for entry in entries for number in entry.result.numbers)
+    waived = tuple(_waived(entries, labels, allow))
+    first = _sort_label(sort, entries, labels)
+    entries = tuple(sorted(entries, key=lambda entry: _rank(entry, first)))
+    pairs = tuple(itertools.chain.from_iterable(_pairs(entries, label) for label in labels))
+    table = QualityTable(
+        columns=[_column(entries, label) for label in labels],
+        rows=[Row(entry.name, _by_label(entry)) for entry in entries],
+        clean=_clean_rows(entries),
+        statements=list(_statements(entries, pairs, labels)),
+        notes=[*_cautions(entries), *_footnotes(entries, waived)],
+        quoted_labels=[_LABELS[name] for name in METRICS_PRINTED if any(name in row.numbers() for row in quoted)],
+        quoted=[_quoted_row(row) for row in quoted],
+        quoted_notes=list(_quoted_notes(quoted)),
+    )
+    return Comparison(entries, table, pairs, waived, quoted)
+
+
+def check_out(path: Path) -> None:
+    """Refuse an ending that nothing is written as.
+
+    Raises:
+        ConfigError: another than `ENDINGS`.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"--out {path}: a comparison is written as {', '.join(ENDINGS)}")
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """As the ending of `path` says.
+
+    Raises:
+        ConfigError: another ending than `ENDINGS`.
+        StorageError: the disk is full or refuses.
+    """
+    check_out(path)
+    table, ending = comparison.table, path.suffix.lower()
+    if ending == ".json":
+        text = as_json(comparison)
+    elif ending == ".md":
+        text = as_markdown(table)
+    else:
+        text = quality_page(table, "Image quality") if ending == ".html" else as_text(table) + "\n"
+    write_text(path, text)
+
+
+def as_json(comparison: Comparison) -> str:
+    """One JSON object with everything that the table says, all pairs included, and the whole results."""
+    table = comparison.table
+    document: dict[str, Any] = {
+        "columns": [dataclasses.asdict(column) for column in table.columns],
+        "rows": [
+            {
+                "name": entry.name,
+                "file": str(entry.path),
+                "protocol_digest": entry.result.protocol.digest,
+                "column_digests": {n.label: _column_digest(entry, n) for n in entry.result.numbers},
+                "result": to_dict(entry.result),
+            }
+            for entry in comparison.entries
+        ],
+        "clean": [
+            {"name": row.name, "floors": {label: dataclasses.asdict(f) for label, f in row.floors.items()}}
+            for row in table.clean
+        ],
+        "pairs": [dataclasses.asdict(pair) for pair in comparison.pairs],
+        "waived": [
+            {"label": label, "part": d.name, "values": [d.here, d.there], "files": list(files)}
+            for label, d, files in comparison.waived
+        ],
+        "notes": list(table.notes),
+        "published": [dataclasses.asdict(row) | {"stated": row.stated()} for row in comparison.quoted],
+    }
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    if not paths:
+        raise ConfigError("name at least one result: a file that `smalti evaluate` wrote, or the folder of a run")
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            folder = path / _FOLDER if (path / _FOLDER).is_dir() else path
+            inside = sorted(folder.glob("*.json"))
+            if not inside:
+                raise DataError(f"{folder} holds no result (*.json); `smalti evaluate` writes them")
+        for file in inside:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def _named(results: Sequence[tuple[Path, Result]]) -> tuple[Entry, ...]:
+    """Names as short as they can be told apart: the source's, then with the file's, then the path."""
+    spellings = [
+        [result.source.name for _, result in results],
+        [f"{result.source.name} ({path.stem})" for path, result in results],
+        [str(path) for path, _ in results],
+    ]
+    names = [next(s[i] for s in spellings if s.count(s[i]) == 1) for i in range(len(results))]
+    return tuple(Entry(name, path, result) for name, (path, result) in zip(names, results, strict=True))
+
+
+def _by_label(entry: Entry) -> dict[str, Number]:
+    return {number.label: number for number in entry.result.numbers}
+
+
+def _holders(entries: Iterable[Entry], label: str) -> list[tuple[Entry, Number]]:
+    return [(entry, number) for entry in entries if (number := _by_label(entry).get(label)) is not None]
+
+
+def _column_digest(entry: Entry, number: Number) -> str:
+    return entry.result.protocol.column_digest(number.metric)
+
+
+def _waived(
+    entries: Sequence[Entry], labels: Iterable[str], allow: Sequence[str]
+) -> Iterator[tuple[str, Difference, tuple[str, str]]]:
+    """Differences that are allowed; those that are not end it all, in one line.
+
+    Every pair is looked at: next to an unknown part, two known ones that differ would both be waived as unknown.
+    """
+    refused: list[tuple[str, Difference, tuple[str, str]]] = []
+    for label in labels:
+        for (one, number), (other, theirs) in itertools.combinations(_holders(entries, label), 2):
+            if theirs.metric != number.metric:
+                raise DataError(f"{one.path} and {other.path} call two metrics {label}; one of them is not of smalti")
+            files = (str(one.path), str(other.path))
+            for found in unequal(one.result.protocol, other.result.protocol, number.metric):
+                if found.allowed_by(allow):
+                    yield label, found, files
+                else:
+                    refused.append((label, found, files))
+    if refused:
+        raise ConfigError(_refusal(refused, allow))
+
+
+def _refusal(refused: Sequence[tuple[str, Difference, tuple[str, str]]], allow: Sequence[str]) -> str:
+    labels = ", ".join(dict.fromkeys(label for label, _, _ in refused))
+    parts = {found.name: (found, files) for _, found, files in reversed(refused)}
+    first = list(dict.fromkeys(found.name for _, found, _ in refused))
+    said = "; ".join(parts[name][0].between(*(f"in {file}" for file in parts[name][1])) for name in first[:2])
+    more = f"; and {len(first) - 2} more: {', '.join(first[2:])}" if len(first) > 2 else ""
+    unknown = all(UNKNOWN in (found.here, found.there) for _, found, _ in refused)
+    waive = ",".join([*allow, *([UNKNOWN] if unknown else first)])
+    return (
+        f"{labels} of these results cannot stand in one column: {said}{more}. Measure them alike, or say what may "
+        f"differ, for a footnote: --allow {waive}"
+    )
+
+
+def _sort_label(sort: str, entries: Sequence[Entry], labels: Iterable[str]) -> str:
+    labels = list(labels)
+    if not labels:
+        raise DataError("these results hold no numbers")
+    metrics = {number.metric: number.label for entry in reversed(entries) for number in entry.result.numbers}
+    known = {**{label.lower(): label for label in labels}, **metrics}
+    if not sort:
+        return labels[0]
+    if sort.lower() not in known:
+        raise ConfigError(f"--sort {sort}: no result has this number{did_you_mean(sort, [*metrics, *labels])}")
+    return known[sort.lower()]
+
+
+def _rank(entry: Entry, label: str) -> tuple[bool, float]:
+    number = _by_label(entry).get(label)
+    if number is None:
+        return True, 0.0
+    return False, number.estimate.value if number.better == "lower" else -number.estimate.value
+
+
+def _column(entries: Sequence[Entry], label: str) -> Column:
+    holders = _holders(entries, label)
+    better = holders[0][1].better
+    order = sorted(holders, key=lambda held: _rank(held[0], label))
+    best = ""
+    if len(order) > 1 and all(_clear(order[0][1], number) for _, number in order[1:]):
+        best = order[0][0].name
+    return Column(label, holders[0][1].metric, better, best)
+
+
+def _clear(best: Number, other: Number) -> bool:
+    """The intervals do not meet."""
+    a, b = best.estimate, other.estimate
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return False
+    return a.high < b.low if best.better == "lower" else a.low > b.high
+
+
+def _pairs(entries: Sequence[Entry], label: str) -> Iterator[Pair]:
+    order = sorted(_holders(entries, label), key=lambda held: _rank(held[0], label))
+    for (one, a), (other, b) in itertools.combinations(order, 2):
+        gap = difference(a.estimate, b.estimate)
+        told_apart = gap is not None and gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
+        yield Pair(label, one.name, other.name, gap, one.name if told_apart else "")
+
+
+def _statements(entries: Sequence[Entry], pairs: Sequence[Pair], labels: Iterable[str]) -> Iterator[str]:
+    common = False
+    for label in labels:
+        holders = _holders(entries, label)
+        order = [entry.name for entry, _ in sorted(holders, key=lambda held: _rank(held[0], label))]
+        neighbours = set(itertools.pairwise(order))
+        for pair in pairs:
+            if pair.label == label and (len(order) <= _ALL_PAIRS or (pair.first, pair.second) in neighbours):
+                yield _sentence(pair)
+        if len(order) > 1:
+            metric = holders[0][1].metric
+            common |= any(r.uses_reference for r in holders[0][0].result.protocol.metrics if r.name == metric)
+    if pairs:
+        yield (
+            "A difference adds the errors of both rows as independent."
+            + (" The reference is common to all rows: what its choice of images adds is not in them." if common else "")
+        )
+    if len(entries) > _ALL_PAIRS:
+        yield "Only neighbours in the order of each column are told here; all pairs are in the JSON."
+
+
+def _sentence(pair: Pair) -> str:
+    if pair.gap is None or pair.gap.high is None:
+        return f"{pair.label}: {pair.first} and {pair.second} cannot be told apart without errors of both."
+    value, reach = with_error(abs(pair.gap.value), pair.gap.high - pair.gap.value)
+    if pair.better:
+        return f"{pair.label}: {pair.first} is better than {pair.second} by {value} ± {reach}."
+    return f"{pair.label}: {pair.first} and {pair.second} differ by {value} ± {reach}, which is within the uncertainty."
+
+
+def _clean_rows(entries: Sequence[Entry]) -> list[CleanRow]:
+    """One row where all results have the same floors; more where they do not."""
+    rows: list[tuple[str, dict[str, FloorValue]]] = []
+    for entry in entries:
+        floors = {n.label: n.floor for n in entry.result.numbers if n.floor is not None}
+        for _, known in rows:
+            if all(known.get(label, floor) == floor for label, floor in floors.items()):
+                known |= floors
+                break
+        else:
+            if floors:
+                rows.append((entry.name, dict(floors)))
+    if len(rows) == 1:
+        return [CleanRow(CLEAN, rows[0][1])]
+    return [CleanRow(f"{CLEAN} beside {name}", floors) for name, floors in rows]
+
+
+def _cautions(entries: Sequence[Entry]) -> Iterator[str]:
+    for entry in entries:
+        for number in entry.result.numbers:
+            if number.estimate.caution:
+                yield f"{entry.name}, {number.label}: {number.estimate.caution}"
+        if entry.result.memorisation and (sentence := entry.result.memorisation.get("sentence")):
+            yield f"{entry.name}: {sentence}"
+
+
+def _footnotes(entries: Sequence[Entry], waived: Iterable[tuple[str, Difference, tuple[str, str]]]) -> Iterator[str]:
+    """One a part that was allowed to differ: where, and what each row has."""
+    names = {str(entry.path): entry.name for entry in entries}
+    columns: dict[str, dict[str, None]] = {}
+    values: dict[str, dict[str, str]] = {}
+    for label, found, (here, there) in waived:
+        columns.setdefault(found.name, {})[label] = None
+        values.setdefault(found.name, {}).update({names[here]: found.here, names[there]: found.there})
+    for part, labels in columns.items():
+        each = ", ".join(f"{value} ({name})" for name, value in values[part].items())
+        yield f"Not alike in {', '.join(labels)}, as allowed: {part} is {each}."
+
+
+def _quoted_row(row: PublishedResult) -> QuotedRow:
+    guided = {None: "guidance not stated", 1.0: "no guidance"}.get(row.guidance_scale, f"guidance {row.guidance_scale}")
+    channels = f" ({row.guidance_channels} channels)" if row.guidance_channels else ""
+    sampler = f"{row.sampler} {row.num_inference_steps or ''}".strip()
+    parts = (
+        f"{row.dataset} {row.resolution}",
+        f"{row.steps:,} steps" if row.steps else "",
+        guided + channels,
+        sampler,
+        f"{row.decoder} decoder" if row.decoder else "",
+    )
+    numbers = {_LABELS[name]: value for name, value in row.numbers().items()}
+    certainty = _CERTAINTY[row.certainty]
+    return QuotedRow(row.title, ", ".join(filter(None, parts)), numbers, row.source, certainty, row.note)
+
+
+def _quoted_notes(rows: Sequence[PublishedResult]) -> Iterator[str]:
+    if not rows:
+        return
+    stated = [set(row.stated()) for row in rows]
+    always = [name for name in rows[0].stated() if all(name in parts for parts in stated)]
+    names = dict.fromkeys(name for row in rows for name in row.stated())
+    sometimes = [name for name in names if name not in always]
+    some = f"; some rows also {', '.join(sometimes)}" if sometimes else ""
+    yield (
+        f"Of the protocol these sources state {', '.join(always) or 'nothing in every row'}{some}. They do not state "
+        f"{', '.join(_SILENT)}, and give no errors: no number here is compared with a measured one."
+    )
