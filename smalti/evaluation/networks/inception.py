@@ -301,6 +301,9 @@ class InceptionNetwork:
 def build_inception(rest: str, device: str) -> InceptionNetwork:
     """The network that `inception` or `inception:PATH` names.
 
+    It is called inception only when the file is the published one, byte for byte: a conversion of that file to another
+    form gives the same features under the name inception-custom, because nothing says that it is what it claims.
+
     Raises:
         ConfigError: something else stands behind the name.
         CheckpointError: the weights are missing, damaged, or not of this network.

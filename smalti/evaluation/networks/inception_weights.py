@@ -81,8 +81,8 @@ def find_inception_weights(path: Path | None = None, *, on_progress: OnProgress 
         found = f"found only damaged files ({', '.join(damaged)})" if damaged else "found nothing"
         raise CheckpointError(
             f"the weights of the FID Inception network are not here: looked for {' and '.join(FILE_NAMES)} in "
-            f"{' and '.join(map(str, folders))}, {found}; {error}. Fetch {URL} on another machine and put it into "
-            f"{folders[0]}, or name the file: --features inception:PATH"
+            f"{' and '.join(map(str, folders))}, {found}; {error}. Fetch that file on another machine and put it "
+            f"into {folders[0]}, or name it: --features inception:PATH"
         ) from error
     return target
 
