@@ -263,7 +263,7 @@ def _quoted_html(table: QualityTable, row: QuotedRow) -> list[str]:
     words = {0, len(cells) - 2, len(cells) - 1}
     kinds = (" class='words'" if k in words else "" for k in range(len(cells)))
     inside = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True))
-    return [f"<tr><th>{escape(name)}</th>", inside, "</tr>"]
+    return [f"<tr><th class='words'>{escape(name)}</th>", inside, "</tr>"]
 
 
 def _html_row(table: QualityTable, k: int, row: Row) -> str:
