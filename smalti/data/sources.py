@@ -51,7 +51,7 @@ class ImageSource:
     """Images of one size in a fixed order, to be read as often as needed.
 
     Attributes:
-        name: as it was asked for.
+        name: short, for people: of the set, the folder or the file, and the part of it.
         image_size: rows and columns in pixels.
         class_labels: int64 (N,), or None where there are no classes.
         notes: one line each on what to know before quoting a number of these images.
@@ -121,8 +121,9 @@ def open_images(
     Args:
         spec: `emoji32`, `emoji64`, a packed set, a folder of images (below it too), a folder that `smalti sample`
             wrote, or an `.npz` in ADM's layout. Sets and folders may be followed by `#train` or `#validation`, the
-            sides of the split that training makes, with `,seed=3` and `,fraction=0.25` where training was told so;
-            an `.npz` by `#KEY`, where its images are not called arr_0.
+            sides of the split that training makes, and by `(seed=3,fraction=0.25)` where training was told so (or
+            `,seed=3,fraction=0.25`, for which a shell needs no quotes). An `.npz` may be followed by `#KEY`, where its
+            images are not called arr_0.
         image_size: side, or (rows, columns), in pixels, to scale and crop to as ADM does; None = as they are.
         convert: accept files that are not 8-bit RGB and convert them.
         progress: called with (files done, files found) while a folder is looked at.
@@ -135,13 +136,13 @@ def open_images(
     size = _size_of(image_size)
     path, _, part = (name, "", "") if "#" not in name or Path(name).exists() else name.rpartition("#")
     if path not in BUILT_IN and Path(path).is_file():
-        source = _open_file(name, Path(path), part)
+        source = _open_file(Path(path), part)
     else:
         source = _open_set(name, path, part, size, convert, progress)
     if size is None or size == source.image_size:
         return source
     notes = (*source.notes, cropped(source.count, source.count, size))
-    return ImageSource(name, size, source.class_labels, notes, source._reader, source._chosen)
+    return ImageSource(source.name, size, source.class_labels, notes, source._reader, source._chosen)
 
 
 def _size_of(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -153,10 +154,11 @@ def _size_of(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None
     return rows, columns
 
 
-def _open_file(name: str, path: Path, key: str) -> ImageSource:
+def _open_file(path: Path, key: str, *, name: str = "") -> ImageSource:
     if path.suffix != ".npz":
         raise DataError(f"{path} is a file; images are read from a folder, an image set, or an .npz in ADM's layout")
     images = open_npz_images(path, key or IMAGES)
+    name = name or path.name + (f"#{key}" if key else "")
     return ImageSource(name, images.image_size, images.class_labels, images.notes, images)
 
 
@@ -186,22 +188,24 @@ def _open_set(
         if is_sampled(folder) and wanted:
             raise DataError(f"{path} holds samples, which have no split; leave out #{part}")
         if is_sampled(folder) and (folder / SAMPLES).is_file() and not sample_names(folder):
-            return _open_file(name, folder / SAMPLES, "")
+            return _open_file(folder / SAMPLES, "", name=folder.resolve().name)
         images = reader = originals = open_originals(folder, size, convert=convert, progress=progress)
         notes = originals.notes
     labels = images.class_labels if images.class_names else None
     if wanted is None:
-        return ImageSource(name, images.image_size, labels, notes, reader)
+        return ImageSource(images.name, images.image_size, labels, notes, reader)
     sides = split(images, wanted.fraction, wanted.seed, allow_empty=True)
     chosen = sides.train if wanted.side == "train" else sides.validation
     if not len(chosen):
         raise DataError(f"{name} holds no image: a fraction of {wanted.fraction} sets none aside")
-    return ImageSource(name, images.image_size, None if labels is None else labels[chosen], notes, reader, chosen)
+    if labels is not None:
+        labels = labels[chosen]
+    return ImageSource(f"{images.name}#{part}", images.image_size, labels, notes, reader, chosen)
 
 
 @dataclass(frozen=True)
 class _Split:
-    """One side of a split, as `validation,seed=3,fraction=0.25` names it."""
+    """One side of a split, as `validation(seed=3,fraction=0.25)` names it."""
 
     side: str
     fraction: float = FRACTION
@@ -209,7 +213,8 @@ class _Split:
 
     @staticmethod
     def parse(text: str, where: str) -> "_Split":
-        side, *settings = text.split(",")
+        spelled = text[:-1].replace("(", ",", 1) if text.endswith(")") else text
+        side, *settings = spelled.split(",")
         if side not in SPLITS:
             raise ConfigError(
                 f"{where}: there is no part {side!r}{did_you_mean(side, SPLITS)}; use #train or #validation"

@@ -48,7 +48,7 @@ def test_a_folder_and_an_npz_of_the_same_images_give_the_same_batches(folder, tm
     write_images(tmp_path / "x.npz", [pixels()], count=10, image_size=(8, 6), class_labels=[3] * 10)
     for spec, labels in ((folder, None), (tmp_path / "x.npz", [3] * 10)):
         source = open_images(spec)
-        assert (source.name, source.count, source.image_size, source.notes) == (str(spec), 10, (8, 6), ())
+        assert (source.name, source.count, source.image_size, source.notes) == (spec.name, 10, (8, 6), ())
         assert (None if source.class_labels is None else source.class_labels.tolist()) == labels
         batches = list(source.batches(4))
         assert [len(batch) for batch in batches] == [4, 4, 2]
@@ -88,6 +88,8 @@ def test_the_sides_are_those_that_training_splits_into(tmp_path):
         assert torch.equal(everything(source, indices=[0, 9]), channels_first(images.images[chosen[[0, 9]]]))
     other = open_images("emoji32#validation,seed=3,fraction=0.25")
     assert other.count == len(split(images, 0.25, 3).validation)
+    assert other.name == "emoji32#validation,seed=3,fraction=0.25"
+    assert open_images("emoji32#validation(seed=3,fraction=0.25)").fingerprint == other.fingerprint
     fingerprints = {open_images(spec).fingerprint for spec in ("emoji32", "emoji32#train", "emoji32#validation")}
     assert len({*fingerprints, other.fingerprint}) == 4
 
@@ -303,6 +305,7 @@ def test_files_that_change_or_turn_out_damaged_stop_the_measurement(folder):
         ("emoji23", DataError, r"neither an image set .* nor an existing folder or .npz; did you mean 'emoji32'"),
         ("nowhere/x.npz", DataError, r"'nowhere/x.npz' is neither"),
         ("emoji32#valid", ConfigError, r"there is no part 'valid'.*#train or #validation"),
+        ("emoji32#train(seed)", ConfigError, r"'seed' is no setting of a split"),
         ("emoji32#train,seed=x", ConfigError, r"'seed=x' is no setting of a split; write seed=NUMBER"),
         ("emoji32#train,depth=3", ConfigError, r"'depth=3' is no setting of a split"),
         ("emoji32#validation,fraction=0", DataError, r"holds no image: a fraction of 0.0 sets none aside"),
