@@ -173,8 +173,8 @@ def test_published_numbers_stand_apart_with_what_their_paper_states(write):
     assert re.search(
         r"DiT-XL/2 .*guidance 1.5 \(3 channels\), ddpm 250, ft-EMA decoder .*2.27 .*printed in its", quoted
     )
-    assert "state images, image_size, sampler" in quoted
-    assert "do not state class_labels, precision, feature weights, reference, code" in quoted
+    assert "these rows record images, image_size, sampler" in quoted
+    assert "Not recorded are class_labels, precision, feature weights, reference, code" in quoted
     assert len(set(found.quoted)) == len(found.quoted)
     assert found.table.columns[0].best == ""
     with pytest.raises(ConfigError, match="nothing is published here about 'gpt'"):
