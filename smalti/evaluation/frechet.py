@@ -88,8 +88,14 @@ def distances_of_unions(
         few = _Few.of(rows, reference)
         return [few.distance(torch.isin(groups, torch.tensor(list(union)))) for union in unions]
     parts = {g: Moments.of(rows[groups == g]) for g in groups.unique().tolist()}
-    target = Target.of(reference)
-    return [target.distance(Moments.merged(parts[g] for g in union)) for union in unions]
+    whole, target = Moments.merged(parts.values()), Target.of(reference)
+    distances = []
+    for union in unions:
+        out = set(parts).difference(union)
+        # Taking one away is a tenth of the work of putting nine together, which took as long as the distance.
+        left = whole.without(parts[out.pop()]) if len(out) == 1 else Moments.merged(parts[g] for g in union)
+        distances.append(target.distance(left))
+    return distances
 
 
 def leave_out_unions() -> list[list[int]]:
@@ -127,7 +133,7 @@ def _sum(gap: Tensor, traces: float, overlap: float) -> float:
 
 
 def _trace_of_root(matrix: Tensor) -> float:
-    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    values = torch.linalg.eigvalsh(matrix)
     return float(values[_known(values)].sqrt().sum())
 
 

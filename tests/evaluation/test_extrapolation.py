@@ -92,8 +92,9 @@ def test_too_few_images_are_refused_or_named():
     few = FeatureSet({"pool": torch.randn(19, 4)})
     with pytest.raises(DataError, match="10 groups of 2 at least, and these are 19"):
         FD_INFINITY.family(few, FeatureSet({"pool": torch.randn(19, 4)}), None)
-    assert "half of 60 images" in FD_INFINITY.caution(FeatureSet({"pool": torch.zeros(60, 32)}), None)
-    assert FD_INFINITY.caution(FeatureSet({"pool": torch.zeros(70, 32)}), None) == ""
+    caution = FD_INFINITY.caution(FeatureSet({"pool": torch.zeros(127, 32)}), None)
+    assert "127 images are fewer than 4 times the 32 features" in caution
+    assert FD_INFINITY.caution(FeatureSet({"pool": torch.zeros(128, 32)}), None) == ""
 
 
 def test_statistics_alone_do_not_do():
