@@ -393,6 +393,6 @@ def _quoted_notes(rows: Sequence[PublishedResult]) -> Iterator[str]:
     sometimes = [name for name in names if name not in always]
     some = f"; some rows also {', '.join(sometimes)}" if sometimes else ""
     yield (
-        f"Of the protocol these rows record {', '.join(always) or 'nothing that all of them state'}{some}, as stated. Not "
-        f"recorded are {', '.join(_SILENT)}, and errors: no number here is compared with a measured one."
+        f"Of the protocol these rows record {', '.join(always) or 'nothing that all of them state'}{some}, as stated. "
+        f"Not recorded are {', '.join(_SILENT)}, and errors: no number here is compared with a measured one."
     )
