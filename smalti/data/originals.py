@@ -26,6 +26,7 @@ SAMPLES = "samples.npz"  # what `smalti sample` writes in the place of PNGs, or 
 _RECORDS = ("sample.json", "sample.yaml")
 _SAMPLE = re.compile(r"([0-9]+)\.png")
 _ORIENTATION = 0x0112  # of EXIF; 5 to 8 lay the image on its side
+_AHEAD_BYTES = 1 << 28
 _TASK = 16  # files that a thread decodes at once: one alone is too little work to hand over
 
 
@@ -114,7 +115,9 @@ class Originals:
         Raises:
             DataError: see `read`.
         """
-        ahead = 1 + -(-2 * self.threads * _TASK // rows)  # enough work for every thread while a block is used
+        # Enough work for every thread while a block is used, as far as memory allows.
+        block_bytes = min(rows, max(1, len(indices))) * self.image_size[0] * self.image_size[1] * 3
+        ahead = max(1, min(1 + -(-2 * self.threads * _TASK // rows), _AHEAD_BYTES // block_bytes))
         waiting: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="smalti-decode")
         try:
