@@ -9,6 +9,7 @@ from smalti.errors import SmaltiError
 # Each is a module here with `main(arguments) -> exit code`.
 BENCHMARKS = {
     "ema": "how long the weight average should remember, by validation loss of one short run",
+    "evaluation": "moments, precision and recall, density of 50,000 images: time in floors, peak memory",
     "features": "feature networks: images per second, and their resize alone, beside the floor of their multiply-adds",
     "mixers": "every mixer alone against scaled_dot_product_attention, 256 to 16,384 tokens",
     "model": "any preset: parameters, GMACs, forward and training step in floors, peak memory",
@@ -21,7 +22,7 @@ BENCHMARKS = {
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        rows = "\n".join(f"  {name:8} {what}" for name, what in BENCHMARKS.items())
+        rows = "\n".join(f"  {name:10} {what}" for name, what in BENCHMARKS.items())
         sys.stdout.write(f"usage: python -m benchmarks NAME [options]; NAME --help shows them\n\n{rows}\n")
         return 0
     name, *rest = arguments
