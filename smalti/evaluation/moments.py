@@ -10,6 +10,7 @@ from torch import Tensor
 from smalti.errors import DataError
 
 _ROWS = 4096  # converted to float64 at once: 64 MiB at 2048 dimensions
+_PANEL = 512  # columns of the covariance computed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +36,21 @@ class Moments:
         if len(features) < 2:
             raise DataError(f"{len(features)} images have no covariance; give at least 2")
         total = torch.zeros(features.shape[1], dtype=torch.float64)
+        room = torch.empty(
+            min(_ROWS, len(features)), len(total), dtype=torch.float64
+        )  # fresh memory takes as long again
         for rows in features.split(_ROWS):
-            total += rows.double().sum(dim=0)
+            total += room[: len(rows)].copy_(rows).sum(dim=0)
         mean = total / len(features)
         scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         for rows in features.split(_ROWS):
-            away = rows.double() - mean
-            scatter.addmm_(away.T, away)
-        return Moments(len(features), mean, scatter / (len(features) - 1))
+            away = room[: len(rows)].copy_(rows).sub_(mean)
+            # The matrix is symmetric: panels from the diagonal on, 5/8 of the products at 2048 dimensions.
+            for start in range(0, len(mean), _PANEL):
+                panel = slice(start, start + _PANEL)
+                scatter[panel, start:].addmm_(away[:, panel].T, away[:, start:])
+        scatter = scatter.triu() + scatter.triu(1).T
+        return Moments(len(features), mean, scatter.div_(len(features) - 1))
 
     @staticmethod
     def merged(parts: Iterable["Moments"]) -> "Moments":
