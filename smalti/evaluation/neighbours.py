@@ -60,12 +60,13 @@ class Exact:
     tie: float = 1e-12
 
     def points(self, features: Tensor) -> Points:
-        norms = torch.cat([(rows.double() - self.centre).square().sum(dim=1) for rows in features.split(_TILE)])
-        return Points(features, norms)
+        rows = torch.empty(features.shape, dtype=torch.float64)
+        for away, given in zip(rows.split(_TILE), features.split(_TILE), strict=True):
+            away.copy_(given).sub_(self.centre)
+        return Points(rows, torch.cat([away.square().sum(dim=1) for away in rows.split(_TILE)]))
 
     def products(self, a: Points, i: slice, b: Points, j: slice) -> Tensor:
-        u, v = a.rows[i].double() - self.centre, b.rows[j].double() - self.centre
-        return (u @ v.T).mul_(-2)
+        return (a.rows[i] @ b.rows[j].T).mul_(-2)
 
     def squared(self, products: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return products.add_(a[:, None]).add_(b)

@@ -93,20 +93,23 @@ def density_coverage(
     a, b = arithmetic.points(real), arithmetic.points(mine)
     tie = arithmetic.tie * float(torch.cat([a.norms, b.norms]).max())
     radii = neighbour_radii(arithmetic, a, k)[:, 0] - tie
-    around = torch.zeros(len(mine), dtype=torch.float64)  # balls that hold each of our images
+    held_by = [0] * len(sizes)  # pairs of one of ours and a ball that holds it, by our group
     closest = torch.full((len(real), len(sizes)), math.inf, dtype=torch.float64)  # of ours, by group
-    for i, j, group, tile in tiles(arithmetic, a, b, sizes):
+    for i, _, group, tile in tiles(arithmetic, a, b, sizes):
         tile -= radii[i, None]
-        around[j] += (tile < 0).sum(dim=0)
+        held_by[group] += int(torch.count_nonzero(tile < 0))
         closest[i, group] = torch.minimum(closest[i, group], tile.amin(dim=1))
     held = closest < 0
-    without: tuple[float, ...] = ()
+    without: dict[str, tuple[float, ...]] = {"density": (), "coverage": ()}
     if groups is not None:
-        others = [[h for h in range(len(sizes)) if h != group] for group in range(len(sizes))]
-        without = tuple(held[:, rest].any(dim=1).double().mean().item() for rest in others)
+        rest = [[h for h in range(len(sizes)) if h != group] for group in range(len(sizes))]
+        without["coverage"] = tuple(held[:, others].any(dim=1).double().mean().item() for others in rest)
+        without["density"] = tuple(
+            sum(held_by[h] for h in others) / sum(sizes[h] for h in others) / k for others in rest
+        )
     return {
-        "density": _mean_by_group(around / k, sizes if groups is not None else None),
-        "coverage": Values(held.any(dim=1).double().mean().item(), without),
+        "density": Values(sum(held_by) / len(mine) / k, without["density"]),
+        "coverage": Values(held.any(dim=1).double().mean().item(), without["coverage"]),
     }
 
 
