@@ -1,6 +1,8 @@
 """Any module as a feature network: it stays as it is, and what it does wrong is one line."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import FeatureNetwork, extract
 from smalti.evaluation.networks.module import ModuleNetwork
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "features.md"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "guide" / "features.md"
 SETTINGS = {"size": 8, "mean": 0.5, "std": 0.25}
 
 
@@ -81,18 +84,49 @@ def test_the_module_itself_is_left_as_it_was():
 def test_training_around_it_changes_no_feature_and_features_are_ordinary_tensors():
     network = ModuleNetwork(_small(), "mine", **SETTINGS)
     alone = network(_images())["pool"]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = network(_images())["pool"]
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = network(_images())["pool"]
     assert torch.equal(inside, alone)
     assert inside.dtype == torch.float32
     inside += 1
     (torch.ones(5, requires_grad=True) * inside).sum().backward()
+
+
+CHOICES = {
+    "the old way": "torch.set_float32_matmul_precision('medium')",
+    "the new way": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+}
+PROGRAM = """
+import torch
+from smalti.evaluation.networks.module import _full_float32
+
+b = torch.backends
+rules = (b.cudnn.conv, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul)
+
+def old():
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's word on a mixture of old and new
+        return "mixed"
+
+def state():
+    return [old(), *(rule.fp32_precision for rule in rules)]
+
+{choice}
+before = state()
+with _full_float32():
+    print([rule.fp32_precision for rule in rules] == ["ieee"] * 4, end=" ")
+    torch.ones(8, 8) @ torch.ones(8, 8)
+print(state() == before)
+"""
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_whatever_rounding_was_chosen_features_are_made_without_and_the_choice_stays(choice):
+    # In a process of its own: some of these choices cannot be undone.
+    code = PROGRAM.format(choice=CHOICES[choice])
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_images_of_another_size_are_resized_without_leaving_what_8_bits_can_hold():

@@ -189,15 +189,26 @@ def _copied(module: nn.Module, name: str) -> nn.Module:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Products in float32 as they are written, whatever rounding the caller chose, or cuDNN by itself, for speed."""
-    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # There is one setting for all products from before torch 2.9, and one for each kind since. Torch stops where the two
+    # disagree, and reading the old one may already be such a place.
+    backends: Any = torch.backends
+    rules = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    before = [rule.fp32_precision for rule in rules]
     try:
-        with cudnn.flags(
-            enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-        ):
-            yield
+        all_before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        all_before = None
+    if all_before is not None:
+        torch.set_float32_matmul_precision("highest")
+    for rule in rules:
+        rule.fp32_precision = "ieee"
+    try:
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if all_before is not None:
+            torch.set_float32_matmul_precision(all_before)
+        for rule, precision in zip(rules, before, strict=True):
+            rule.fp32_precision = precision
 
 
 def _shown(values: Tensor) -> str:
