@@ -219,6 +219,8 @@ def test_a_module_that_does_something_else_is_refused_in_one_line(make, says):
         ({"std": 0}, "must be positive"),
         ({"std": (1, 1, -1)}, "must be positive"),
         ({"resize": "cubic"}, "did you mean 'bicubic'"),
+        ({"device": "nothing"}, "cannot compute on the device 'nothing'"),
+        ({"device": "cuda:99"}, "cannot compute on the device 'cuda:99'"),
         ({"kinds": ()}, "give one or more of pool"),
         ({"kinds": ("pool", "pool")}, "each once"),
         ({"kinds": ("pools",)}, "did you mean 'pool'"),

@@ -64,7 +64,7 @@ class ModuleNetwork:
         means, stds = _three(name, "mean", mean), _three(name, "std", std)
         if min(stds) <= 0:
             raise ConfigError(f"{name}: std is {std!r}; it divides, so it must be positive")
-        self._device = torch.device(device)
+        self._device = _checked_device(name, device)
         self._module = _copied(module, name).requires_grad_(False).eval().float().to(self._device)
         self._mean = 255 * torch.tensor(means, dtype=torch.float64)[:, None, None]
         self._std = 255 * torch.tensor(stds, dtype=torch.float64)[:, None, None]
@@ -163,6 +163,14 @@ def _checked_kinds(name: str, kinds: Sequence[str]) -> tuple[str, ...]:
     return kinds
 
 
+def _checked_device(name: str, device: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch says the second where it was built without CUDA
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{name}: cannot compute on the device {device!r} ({reason}); give cpu or cuda") from error
+
+
 def _three(name: str, what: str, value: float | Sequence[float]) -> tuple[float, ...]:
     numbers = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
     if len(numbers) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers):
@@ -189,8 +197,8 @@ def _copied(module: nn.Module, name: str) -> nn.Module:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Products in float32 as they are written, whatever rounding the caller chose, or cuDNN by itself, for speed."""
-    # There is one setting for all products from before torch 2.9, and one for each kind since. Torch stops where the two
-    # disagree, and reading the old one may already be such a place.
+    # There is one setting for all products from before torch 2.9, and one for each kind since. Torch stops where the
+    # two disagree, and reading the old one may already be such a place.
     backends: Any = torch.backends
     rules = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
     before = [rule.fp32_precision for rule in rules]
