@@ -1,7 +1,8 @@
 """Memorisation: do our images lie nearer to training images than new real images do?
 
 A model that has learned the distribution puts its images about as near to the training set as held-out real images
-are; one that repeats training images puts them nearer.
+are; one that repeats training images puts them nearer. So does one whose images are less varied than real ones: only
+the closest pairs, looked at, tell the two apart.
 """
 
 import math
@@ -186,8 +187,9 @@ def _verdict(shares: tuple[Share, ...], compared_with: str) -> str:
     for s in shares:
         if s.low > s.real_high:
             return (
-                f"Memorisation: {s.share:.1%} of ours ({s.low:.1%} to {s.high:.1%}) are as near to a training image as "
-                f"the nearest {s.real_share:.1%} of {real}; look at the closest pairs."
+                f"Nearer to training images than {real}: {s.share:.1%} of ours ({s.low:.1%} to {s.high:.1%}) are as "
+                f"near as the nearest {s.real_share:.1%} of those; copies, or less varied than real images: the closest "
+                "pairs show which."
             )
     widest = shares[-1]
     if widest.high < widest.quantile:

@@ -159,22 +159,29 @@ def nearest(queries: Tensor, base: Tensor, *, same: bool = False) -> tuple[Float
         raise DataError(f"cannot compare {tuple(queries.shape)} with {tuple(base.shape)}: rows must be of one width")
     if len(base) <= same or not len(queries):
         raise DataError(f"{len(queries)} and {len(base)} images: none has a neighbour; give more")
-    largest = max(64, min(_TILE, (1 << 24) // max(1, base.shape[1])))  # 64 MiB of wide rows in float32
+    largest = min(_TILE, max(64, (1 << 24) // max(1, base.shape[1])))  # 64 MiB of wide rows in float32
+    room = torch.empty(min(largest, len(base)), base.shape[1])  # fresh memory takes longer than converting into it
     centre = torch.zeros(base.shape[1], dtype=torch.float64)
     for rows in base.split(largest):
-        centre += rows.double().sum(dim=0)
+        centre += room[: len(rows)].copy_(rows).sum(dim=0)
     middle = (centre / len(base)).float()
-    norms = torch.cat([(rows.float() - middle).square().sum(dim=1) for rows in base.split(largest)])
+
+    def centred(rows: Tensor) -> Tensor:
+        return room[: len(rows)].copy_(rows).sub_(middle)
+
+    norms = torch.cat([centred(rows).square_().sum(dim=1) for rows in base.split(largest)])
     candidates = min(4, len(base) - same)
     distances, indices = [], []
-    for i, _ in pieces([len(queries)], largest):
+    # More queries than neighbours at a time: each piece of `base` is converted once for all of them.
+    for i, _ in pieces([len(queries)], 4 * largest):
         u = queries[i].float() - middle
         best = torch.full((len(u), candidates), math.inf)
         where = torch.zeros(len(u), candidates, dtype=torch.int64)
         for j, _ in pieces([len(base)], largest):
-            tile = torch.addmm(norms[j], u, (base[j].float() - middle).T, alpha=-2)  # |u|^2 is the same for all
-            if same and i == j:
-                tile.fill_diagonal_(math.inf)
+            tile = torch.addmm(norms[j], u, centred(base[j]).T, alpha=-2)  # |u|^2 is the same for all
+            if same:
+                own = torch.arange(max(i.start, j.start), min(i.stop, j.stop))
+                tile[own - i.start, own - j.start] = math.inf
             found = tile.topk(min(candidates, tile.shape[1]), largest=False, sorted=False)
             values, places = torch.cat([best, found.values], 1), torch.cat([where, found.indices + j.start], 1)
             best, chosen = values.topk(candidates, largest=False, sorted=False)

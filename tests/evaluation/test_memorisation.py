@@ -36,7 +36,7 @@ def test_copies_are_found_and_named():
     training, ours = _set(800, 2), _set(900, 1)
     ours.rows("pool")[100:160] = training.rows("pool")[300:360]
     found = memorisation(ours, training, _set(700, 3), keep=60)
-    assert found.verdict.startswith("Memorisation")
+    assert found.verdict.startswith("Nearer to training images")
     assert {(pair.ours, pair.training) for pair in found.nearest} == {(100 + i, 300 + i) for i in range(60)}
     assert all(pair.distance == 0 for pair in found.nearest)
     assert found.shares[0].low > 0.01
@@ -48,7 +48,7 @@ def test_copies_are_found_where_the_training_set_holds_copies_itself():
     found = memorisation(FeatureSet({"pool": rows[200:]}), training)
     assert found.shares[0].distance == 0
     assert found.shares[0].real_share == pytest.approx(20 / 410)
-    assert found.verdict.startswith("Memorisation")
+    assert found.verdict.startswith("Nearer to training images")
 
 
 def test_images_far_from_training_are_said_to_be_far():
@@ -79,7 +79,7 @@ def test_the_report_in_pixels_finds_near_copies():
     training = _images(300, 1)
     ours = (training[:30] // 2) * 2
     found = memorisation_in_pixels(ours, training, _images(200, 3), keep=1)
-    assert found.verdict.startswith("Memorisation")
+    assert found.verdict.startswith("Nearer to training images")
     assert found.median < 1
 
 
