@@ -188,8 +188,8 @@ def _verdict(shares: tuple[Share, ...], compared_with: str) -> str:
         if s.low > s.real_high:
             return (
                 f"Nearer to training images than {real}: {s.share:.1%} of ours ({s.low:.1%} to {s.high:.1%}) are as "
-                f"near as the nearest {s.real_share:.1%} of those; copies, or less varied than real images: the closest "
-                "pairs show which."
+                f"near as the nearest {s.real_share:.1%} of those; copies, or less varied than real images: the "
+                "closest pairs show which."
             )
     widest = shares[-1]
     if widest.high < widest.quantile:

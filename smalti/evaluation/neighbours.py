@@ -179,9 +179,9 @@ def nearest(queries: Tensor, base: Tensor, *, same: bool = False) -> tuple[Float
         where = torch.zeros(len(u), candidates, dtype=torch.int64)
         for j, _ in pieces([len(base)], largest):
             tile = torch.addmm(norms[j], u, centred(base[j]).T, alpha=-2)  # |u|^2 is the same for all
-            if same:
-                own = torch.arange(max(i.start, j.start), min(i.stop, j.stop))
-                tile[own - i.start, own - j.start] = math.inf
+            first, stop = max(i.start, j.start), min(i.stop, j.stop)
+            if same and first < stop:
+                tile[first - i.start : stop - i.start, first - j.start : stop - j.start].fill_diagonal_(math.inf)
             found = tile.topk(min(candidates, tile.shape[1]), largest=False, sorted=False)
             values, places = torch.cat([best, found.values], 1), torch.cat([where, found.indices + j.start], 1)
             best, chosen = values.topk(candidates, largest=False, sorted=False)
