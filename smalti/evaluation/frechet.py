@@ -88,12 +88,16 @@ def distances_of_unions(
         few = _Few.of(rows, reference)
         return [few.distance(torch.isin(groups, torch.tensor(list(union)))) for union in unions]
     parts = {g: Moments.of(rows[groups == g]) for g in groups.unique().tolist()}
-    whole, target = Moments.merged(parts.values()), Target.of(reference)
+    target = Target.of(reference)
+    merged: dict[frozenset[int], Moments] = {}
     distances = []
-    for union in unions:
-        out = set(parts).difference(union)
-        # Taking one away is a tenth of the work of putting nine together, which took as long as the distance.
-        left = whole.without(parts[out.pop()]) if len(out) == 1 else Moments.merged(parts[g] for g in union)
+    for union in map(frozenset, unions):
+        # Taking a group away is less work than putting nine together, which takes as long as the distance itself.
+        larger = next((known for known in merged if union < known and len(known - union) == 1), None)
+        if larger is None:
+            left = merged[union] = Moments.merged(parts[g] for g in union)
+        else:
+            left = merged[larger].without(parts[next(iter(larger - union))])
         distances.append(target.distance(left))
     return distances
 
