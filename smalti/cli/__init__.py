@@ -13,6 +13,11 @@ from smalti.errors import ConfigError, SmaltiError
 VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("smalti.cli.train", "Train", "train a model on an image set or a folder; the same command continues it"),
     "sample": ("smalti.cli.sample", "Sample", "draw images from a trained model"),
+    "evaluate": (
+        "smalti.cli.evaluate",
+        "Evaluate",
+        "FID and others of runs, folders or .npz files, and how each was made",
+    ),
     "compare": ("smalti.cli.compare", "Compare", "numbers of several results side by side, if they were made alike"),
     "convert": ("smalti.cli.convert", "Convert", "turn released or diffusers' weights into a model folder, and back"),
     "presets": ("smalti.cli.presets", "Presets", "list the networks, with counted and published sizes and costs"),

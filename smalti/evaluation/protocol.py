@@ -96,7 +96,7 @@ class Protocol:
     @property
     def digest(self) -> str:
         """SHA-256 of everything here; the first twelve digits are what people see."""
-        return _digest(to_dict(self))
+        return _digest(self.parts())
 
     def parts(self, metric: str | None = None) -> dict[str, Any]:
         """Dotted name -> value of what bears on one metric, or of everything.
@@ -113,7 +113,9 @@ class Protocol:
             elif field.name == "reference" and not any(rule.uses_reference for rule in rules):
                 continue
             elif field.name in _GROUPS and value is not None:
-                found |= {f"{field.name}.{name}": inner for name, inner in to_dict(value).items()}
+                # What the reference is called is for people: its digest says whether it is the same.
+                inside = {n: v for n, v in to_dict(value).items() if (field.name, n) != ("reference", "name")}
+                found |= {f"{field.name}.{name}": inner for name, inner in inside.items()}
             else:
                 found[field.name] = to_dict(value)
         return found
@@ -194,7 +196,7 @@ def check_allowed(allow: Iterable[str]) -> None:
     inside = {
         "sampling": [field.name for field in dataclasses.fields(SamplingConfig)],
         "network": [field.name for field in dataclasses.fields(NetworkIdentity)],
-        "reference": [field.name for field in dataclasses.fields(Reference)],
+        "reference": [field.name for field in dataclasses.fields(Reference) if field.name != "name"],
     }
     known = [UNKNOWN, *(field.name for field in dataclasses.fields(Protocol))]
     known += [spelling for group, names in inside.items() for n in names for spelling in (n, f"{group}.{n}")]

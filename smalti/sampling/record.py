@@ -70,12 +70,16 @@ class ModelFacts:
     Attributes:
         weights: "ema" = moving averages, as `smalti train` stores them; for converted weights which part of the file
             was taken; "unknown" where the folder does not say.
+        schedule: of the noise it was trained on.
+        learned_variance: it says itself how noisy ancestral steps are.
         steps: of its training, where known.
     """
 
     path: str
     kind: str
     weights: str
+    schedule: str
+    learned_variance: bool
     steps: int | None = None
 
 

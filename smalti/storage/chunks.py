@@ -35,7 +35,7 @@ _SHORTEST, _LONGEST = 0.02, 1.0  # seconds between two looks while others work
 class DamagedChunkError(CheckpointError):
     """A chunk is missing or is not as it was written; `index` says which."""
 
-    def __init__(self, index: int, message: str) -> None:
+    def __init__(self, message: str, index: int = -1) -> None:
         super().__init__(message)
         self.index = index
 
@@ -267,12 +267,12 @@ class ChunkStore:
         try:
             tensors = read_tensors(path)
         except CheckpointError as error:
-            raise DamagedChunkError(index, str(error)) from error
+            raise DamagedChunkError(str(error), index) from error
         except FileNotFoundError as error:
-            raise DamagedChunkError(index, f"{path} is missing") from error
+            raise DamagedChunkError(f"{path} is missing", index) from error
         found = tensors.pop("digest", None)
         if found is None or not torch.equal(found, self._digest(index, tensors)):
-            raise DamagedChunkError(index, f"{path} is damaged: its bytes are not the ones that were written")
+            raise DamagedChunkError(f"{path} is damaged: its bytes are not the ones that were written", index)
         return tensors
 
     def discard(self, index: int) -> None:

@@ -55,10 +55,9 @@ class ProgressReport:
             self._bar.update(self._task, completed=done, rate=f"{rate:.2f} {self.unit}/s", detail=detail)
         elif now - self._printed >= PLAIN_SECONDS or done >= self.total:
             self._printed = now
-            left = (self.total - done) / max(rate, 1e-9)
+            left = f", {_clock((self.total - done) / rate)} left" if rate else ""
             self._console.print(
-                f"{self.label} {done}/{self.total}, {rate:.2f} {self.unit}/s, {_clock(left)} left"
-                + (f", {detail}" if detail else "")
+                f"{self.label} {done}/{self.total}, {rate:.2f} {self.unit}/s{left}" + (f", {detail}" if detail else "")
             )
 
     def continue_from(self, done: int) -> None:

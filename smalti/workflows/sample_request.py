@@ -138,7 +138,14 @@ def read_request(settings: SampleSettings, place: Place) -> SampleRequest:
         torch=str(torch.__version__),
         save=tuple(sorted(set(settings.save), reverse=True)),
     )
-    facts = ModelFacts(path=str(settings.model), kind=source.config.kind, weights=source.weights, steps=source.steps)
+    facts = ModelFacts(
+        path=str(settings.model),
+        kind=source.config.kind,
+        weights=source.weights,
+        schedule=source.objective.schedule,
+        learned_variance=source.config.learned_variance,
+        steps=source.steps,
+    )
     device_name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
     record = SampleRecord(identity=identity, model=facts, device_name=device_name, smalti=smalti_version())
     read_range(settings.chunks, identity)

@@ -22,8 +22,8 @@ from smalti.evaluation.networks.inception import (
     PoolBranch,
     fold_batch_norm,
     inception_input,
-    whole_float32,
 )
+from smalti.evaluation.networks.whole_float32 import whole_float32
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ CHOICES = {
 }
 PROGRAM = """
 import torch
-from smalti.evaluation.networks.module import _full_float32
+from smalti.evaluation.networks.whole_float32 import whole_float32
 
 b = torch.backends
 rules = (b.cudnn.conv, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul)
@@ -114,7 +114,7 @@ def state():
 
 {choice}
 before = state()
-with _full_float32():
+with whole_float32():
     print([rule.fp32_precision for rule in rules] == ["ieee"] * 4, end=" ")
     torch.ones(8, 8) @ torch.ones(8, 8)
 print(state() == before)

@@ -8,10 +8,9 @@ have to be learnt beside theirs.
 Batch norm is folded into the convolutions when weights are loaded, so the network has no other mode than inference.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from smalti.evaluation.networks.inception_weights import (
     read_inception_weights,
 )
 from smalti.evaluation.networks.resize import resize_tf1
+from smalti.evaluation.networks.whole_float32 import whole_float32
 from smalti.storage.tensors import differences, load_tensors, shapes_of, tensors_digest
 
 SIZE = 299
@@ -356,22 +356,3 @@ def fold_batch_norm(tensors: Mapping[str, Tensor], model: nn.Module, where: str)
 
 def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
-
-
-@contextmanager
-def whole_float32() -> Iterator[None]:
-    """Products and convolutions keep all bits of float32 inside, whatever the process has set, and again after it.
-
-    Out of the box, CUDA convolutions compute in TF32, which has 10 bits of mantissa. The settings are the process's:
-    other threads that compute meanwhile are slower and more exact.
-    """
-    backends: Any = torch.backends  # attributes that torch makes at run time
-    settings = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value

@@ -3,8 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from smalti.config import did_you_mean
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import KINDS, NetworkIdentity
+from smalti.evaluation.networks.whole_float32 import whole_float32
 from smalti.storage.tensors import tensors_digest
 
 Resize = Literal["bicubic", "bilinear"]
@@ -89,7 +89,7 @@ class ModuleNetwork:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise DataError(f"expected 8-bit RGB images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
         # Whatever precision the caller has chosen for training, features are made in the one that the identity names.
-        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False), _full_float32():
+        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False), whole_float32():
             found = self._checked(self._module(self._prepared(images)), len(images))
         # Cloned outside, because what is made in inference mode stays marked as such.
         found = {kind: rows.clone() for kind, rows in found.items()}
@@ -192,31 +192,6 @@ def _copied(module: nn.Module, name: str) -> nn.Module:
     except (RuntimeError, TypeError) as error:  # tensors with a history, open files and the like
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name}: the module cannot be copied ({reason}); give one that can") from error
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Products in float32 as they are written, whatever rounding the caller chose, or cuDNN by itself, for speed."""
-    # There is one setting for all products from before torch 2.9, and one for each kind since. Torch stops where the
-    # two disagree, and reading the old one may already be such a place.
-    backends: Any = torch.backends
-    rules = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
-    before = [rule.fp32_precision for rule in rules]
-    try:
-        all_before = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        all_before = None
-    if all_before is not None:
-        torch.set_float32_matmul_precision("highest")
-    for rule in rules:
-        rule.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if all_before is not None:
-            torch.set_float32_matmul_precision(all_before)
-        for rule, precision in zip(rules, before, strict=True):
-            rule.fp32_precision = precision
 
 
 def _shown(values: Tensor) -> str:

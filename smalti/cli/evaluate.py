@@ -1,0 +1,72 @@
+"""`smalti evaluate`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from smalti.errors import ConfigError
+from smalti.report.quality import as_text, render_result
+from smalti.workflows.compare import compare
+from smalti.workflows.evaluate import evaluate
+from smalti.workflows.evaluate_sources import Drawing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """FID, sFID, Inception Score, precision, recall and others, each with its uncertainty and how it was made.
+
+    Runs are drawn from on the way, nothing is stored but the numbers. Start it under torchrun to share the work.
+    """
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run or model folders, folders of images, image sets (emoji32#validation), .npz files with arr_0."""
+    reference: str | None = None
+    """Real images (set, folder, .npz) or their statistics (.npz with mu and sigma); none = what the run trained on."""
+    features: str = "inception"
+    """Feature network: inception or inception:WEIGHTS, lite0, lite0@96 (small images), dinov2:FOLDER."""
+    metrics: tuple[str, ...] = ()
+    """Which; none = fid sfid inception_score precision recall, for other networks kid fd_pca64 precision recall."""
+    drawing: Annotated[Drawing, tyro.conf.arg(name="")] = field(default_factory=Drawing)
+    """How the images of a run are drawn."""
+    training: str | None = None
+    """Images to look for copies of; none = what each run trained on; "none" = do not look."""
+    intervals: bool = True
+    """95 % intervals, by leaving out a tenth of the images ten times."""
+    floor: bool = True
+    """What real images would get in place of ours."""
+    image_size: int | None = None
+    """Scale and crop existing images to this side; changes the numbers."""
+    convert: bool = False
+    """Accept existing images that are not 8-bit RGB."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    save_statistics: Path | None = None
+    """Also write mean and covariance of our features to this .npz, as a reference for later."""
+    out: Path | None = None
+    """Folder for results; none = `evaluation` in each run, or beside the images."""
+
+    def run(self) -> None:
+        results = evaluate(
+            self.sources,
+            reference=self.reference,
+            features=self.features,
+            metrics=self.metrics,
+            drawing=self.drawing,
+            training=self.training,
+            intervals=self.intervals,
+            floor=self.floor,
+            image_size=self.image_size,
+            convert=self.convert,
+            device=self.device,
+            save_statistics=self.save_statistics,
+            out=self.out,
+        )
+        for _, result in results:
+            print(render_result(result), end="\n\n")
+        if len(results) > 1:
+            try:
+                print(as_text(compare([path for path, _ in results]).table))
+            except ConfigError as error:  # every number stands above; it is only that they do not share a column
+                print(error)
