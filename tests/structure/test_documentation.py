@@ -52,12 +52,14 @@ def test_the_python_of_the_readme_names_things_that_exist():
     assert not [name for name in used if not hasattr(smalti, name)]
 
 
-def test_every_flag_in_the_readme_is_a_flag(capsys):
+@pytest.mark.parametrize("document", ["README.md", "docs/guide/evaluate.md", "docs/guide/sample.md"])
+def test_every_flag_in_a_command_that_is_shown_is_a_flag(document, capsys):
     from smalti.cli import main
 
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^smalti (train|sample|data check)\b([^#\n]*)", text, flags=re.MULTILINE)
-    assert len(commands) >= 3
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    verbs = "train|sample|evaluate|compare|data check"
+    commands = re.findall(rf"^(?:torchrun .* -m )?smalti ({verbs})\b([^#\n]*)", text, flags=re.MULTILINE)
+    assert commands
     for verb, flags in commands:
         with pytest.raises(SystemExit):
             main([*verb.split(), "--help"])
