@@ -208,3 +208,12 @@ def test_importing_everything_below_the_command_line_starts_no_compiler_and_no_p
     assert {name.split(".")[0] for name in seen["modules"]} & HEAVY == set()
     assert "torch._dynamo" not in seen["modules"] or seen["cuda"] is False
     assert [name for name in seen["asked"] if name.startswith("SMALTI")] == []
+
+
+def test_importing_what_measures_images_brings_no_library_of_networks_and_nothing_above_it():
+    seen = imported("smalti.evaluation, smalti.data")
+    ours = {name.split(".")[1] for name in seen["modules"] if name.startswith("smalti.")}
+    assert {name.split(".")[0] for name in seen["modules"]} & HEAVY == set()
+    assert "evaluation" in ours
+    assert ours & {"models", "sampling", "training", "presets", "report", "workflows", "cli"} == set()
+    assert [name for name in seen["asked"] if name.startswith("SMALTI")] == []
