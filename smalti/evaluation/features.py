@@ -15,6 +15,8 @@ from smalti.evaluation.moments import Moments
 # of an early map) and `logits` (before the softmax).
 KINDS = ("pool", "spatial", "logits")
 
+_ROOM_NUMBERS = 1 << 24  # 64 MiB of float32: large enough that its memory goes back to the system at once
+
 
 @dataclass(frozen=True)
 class NetworkIdentity:
@@ -122,7 +124,7 @@ def extract(
     wanted = tuple(network.widths) if kinds is None else tuple(dict.fromkeys(kinds))
     if missing := [kind for kind in wanted if kind not in network.widths]:
         raise DataError(f"{network.identity.name} makes {', '.join(network.widths)}, not {', '.join(missing)}")
-    blocks: dict[str, list[Tensor]] = {kind: [] for kind in wanted}
+    gathered = {kind: _Gathered() for kind in wanted}
     done = 0
     for batch in _rebatched(images, micro_batch):
         real = len(batch)
@@ -132,16 +134,41 @@ def extract(
         for kind in wanted:
             rows = found[kind][:real]
             _refuse_non_finite(rows, done, kind, network.identity.name)
-            blocks[kind].append(rows)
+            gathered[kind].add(rows)
         done += real
         if on_batch is not None:
             on_batch(done)
     if not done:
         raise DataError("there is no image to look at; give a source that holds some")
-    features = {}
-    for kind in wanted:  # one kind after the other: two copies of everything would not fit
-        features[kind] = torch.cat(blocks.pop(kind))
-    return FeatureSet(features)
+    # One kind after the other: two copies of everything would not fit.
+    return FeatureSet({kind: gathered.pop(kind).joined() for kind in wanted})
+
+
+class _Gathered:
+    """Rows that come in small batches, kept in rooms that grow.
+
+    Small tensors of several kinds lie between one another in memory, and what one kind leaves free when it is joined
+    does not go back to the system until the others are gone too: twice the memory at the end.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: list[Tensor] = []
+        self._used = 0  # rows of the last room
+
+    def add(self, rows: Tensor) -> None:
+        while len(rows):
+            if not self._rooms or self._used == len(self._rooms[-1]):
+                # As large as all before it, so that few images take little.
+                size = max(len(rows), min(sum(map(len, self._rooms)), _ROOM_NUMBERS // max(1, rows.shape[1])))
+                self._rooms.append(rows.new_empty(size, *rows.shape[1:]))
+                self._used = 0
+            here = rows[: len(self._rooms[-1]) - self._used]
+            self._rooms[-1][self._used : self._used + len(here)] = here
+            self._used, rows = self._used + len(here), rows[len(here) :]
+
+    def joined(self) -> Tensor:
+        *full, last = self._rooms
+        return torch.cat([*full, last[: self._used]])
 
 
 def _rebatched(images: Iterable[Tensor], rows: int) -> Iterator[Tensor]:

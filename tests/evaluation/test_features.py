@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smalti.errors import DataError
+from smalti.evaluation import features
 from smalti.evaluation.features import NetworkIdentity, extract
 
 
@@ -33,6 +34,15 @@ def test_features_do_not_depend_on_how_the_stream_is_cut(cuts):
     assert network.seen == [8, 8, 8]
     assert found.count == 23
     assert torch.equal(found.rows("pool"), images.float().mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("room", [1, 5, 30, 1000])
+def test_rows_are_whole_and_in_order_however_small_the_rooms_that_they_wait_in(monkeypatch, room):
+    monkeypatch.setattr(features, "_ROOM_NUMBERS", room)
+    images = _images(23)
+    found = extract(images.split(7), Means(), micro_batch=4)
+    assert torch.equal(found.rows("pool"), images.float().mean(dim=(2, 3)))
+    assert torch.equal(found.rows("logits"), images.float().std(dim=(1, 2, 3))[:, None])
 
 
 def test_only_the_kinds_asked_for_are_kept():
