@@ -261,7 +261,7 @@ class InceptionNetwork:
         with torch.device("meta"):
             model = InceptionFID()
         folded = fold_batch_norm(tensors, model, where)
-        model = model.to_empty(device="cpu")
+        model = model.float().to_empty(device="cpu")  # whatever the default dtype of the process is
         load_tensors(model, folded, where)
         # torch's own signature of `to` leaves the memory format out.
         self._model = model.to(device=self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]

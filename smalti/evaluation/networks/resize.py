@@ -53,7 +53,7 @@ def _weights(before: int, after: int, device: torch.device) -> Tensor:
     """(before, after), two numbers in each column: as a product, columns take a third of the time of gathering them."""
     lower, upper, fraction = _positions(before, after, torch.device("cpu"))
     outputs = torch.arange(after)
-    weights = torch.zeros(before, after)
+    weights = torch.zeros(before, after, dtype=torch.float32)
     weights[lower, outputs] = 1 - fraction
     weights[upper, outputs] += fraction
     return weights.to(device)
