@@ -18,8 +18,8 @@ from torch import Tensor
 
 from smalti.errors import DataError
 from smalti.evaluation.features import FeatureSet
-from smalti.evaluation.frechet import FORMULA, compared_with, count_and_width, distances_of_unions
-from smalti.evaluation.metric import GROUPS, Metric, Values, group_of_each
+from smalti.evaluation.frechet import FORMULA, count_and_width, distances_of_unions
+from smalti.evaluation.metric import GROUPS, Metric, Values, compared_with, group_of_each
 
 # Each names the groups of one half; the other half is the rest.
 HALVINGS = tuple(frozenset((start + i) % GROUPS for i in range(GROUPS // 2)) for start in (0, 2, 4))

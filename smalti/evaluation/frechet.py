@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smalti.errors import DataError
 from smalti.evaluation.features import FeatureSet
-from smalti.evaluation.metric import GROUPS, Family, Metric, Values
+from smalti.evaluation.metric import GROUPS, Family, Metric, Values, compared_with, refuse_other_width
 from smalti.evaluation.moments import Moments
 
 AXES = 64
@@ -66,7 +66,7 @@ def frechet_distance(ours: Moments, reference: Moments, *, epsilon: float = 0.0)
     Raises:
         DataError: the two have different numbers of features.
     """
-    _refuse_other_width(ours, reference)
+    refuse_other_width(len(ours.mean), len(reference.mean))
     return Target.of(reference, epsilon=epsilon).distance(ours)
 
 
@@ -82,8 +82,7 @@ def distances_of_unions(
     With fewer images than features everything is done between images instead, and the matrices are as small as that.
     """
     rows = ours.rows(kind)
-    if rows.shape[1] != len(reference.mean):
-        _refuse_width(rows.shape[1], len(reference.mean))
+    refuse_other_width(rows.shape[1], len(reference.mean))
     if len(rows) < rows.shape[1]:
         few = _Few.of(rows, reference)
         return [few.distance(torch.isin(groups, torch.tensor(list(union)))) for union in unions]
@@ -154,29 +153,7 @@ def _lifted(covariance: Tensor, epsilon: float) -> Tensor:
     return covariance + epsilon * torch.eye(len(covariance), dtype=covariance.dtype) if epsilon else covariance
 
 
-def _refuse_other_width(ours: Moments, reference: Moments) -> None:
-    if len(ours.mean) != len(reference.mean):
-        _refuse_width(len(ours.mean), len(reference.mean))
-
-
-def _refuse_width(ours: int, reference: int) -> None:
-    raise DataError(
-        f"our images have {ours} features each and the reference {reference}; use the same feature network for both"
-    )
-
-
 # What the table of metrics needs.
-
-
-def compared_with(reference: FeatureSet | None) -> FeatureSet:
-    """The reference, which a comparison cannot do without.
-
-    Raises:
-        DataError: there is none.
-    """
-    if reference is None:
-        raise DataError("this number compares with real images: give a reference")
-    return reference
 
 
 def _family(kind: str, names: tuple[str, ...]) -> Family:
@@ -212,10 +189,9 @@ def _pca_family(ours: FeatureSet, reference: FeatureSet | None, groups: Tensor |
     target = _along(real, axes)
     if "pool" in ours.stated:
         own = ours.moments("pool")
-        _refuse_other_width(own, real)
+        refuse_other_width(len(own.mean), len(real.mean))
         return {"fd_pca64": Values(frechet_distance(_along(own, axes), target))}
-    if (width := ours.rows("pool").shape[1]) != len(axes):
-        _refuse_width(width, len(axes))
+    refuse_other_width(ours.rows("pool").shape[1], len(axes))
     rows = torch.cat([part.double() @ axes for part in ours.rows("pool").split(_ROWS)])
     if groups is None:
         return {"fd_pca64": Values(frechet_distance(Moments.of(rows), target))}

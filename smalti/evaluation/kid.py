@@ -12,8 +12,7 @@ from torch import Tensor
 
 from smalti.errors import DataError
 from smalti.evaluation.features import FeatureSet
-from smalti.evaluation.frechet import compared_with
-from smalti.evaluation.metric import GROUPS, Metric, Values
+from smalti.evaluation.metric import GROUPS, Metric, Values, compared_with, refuse_other_width
 
 _ROWS = 2048  # of one block: 32 MiB of kernel values, and as much for each block of rows at 2048 features
 
@@ -48,11 +47,7 @@ class _Sums:
 
     @staticmethod
     def of(ours: Tensor, reference: Tensor, groups: Int[Tensor, "N"], number: int) -> "_Sums":
-        if ours.shape[1] != reference.shape[1]:
-            raise DataError(
-                f"our images have {ours.shape[1]} features each and the reference {reference.shape[1]}; use the same "
-                "feature network for both"
-            )
+        refuse_other_width(ours.shape[1], reference.shape[1])
         if min(len(ours), len(reference)) < 2:
             raise DataError(f"kid compares pairs: give at least 2 images a side, not {len(ours)} and {len(reference)}")
         membership = torch.nn.functional.one_hot(groups, number).double()  # (N, G)

@@ -15,8 +15,9 @@ from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import FeatureSet
 
 GROUPS = 10
-# Student's t at 97.5 % for GROUPS - 1 degrees of freedom: the standard error is itself estimated from ten numbers.
-_T = {9: 2.262157}
+# Reach of a 95 % interval in standard errors: Student's t at 97.5 % for GROUPS - 1 degrees of freedom, because the
+# standard error is itself estimated from ten numbers.
+T_95 = 2.262157
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,29 @@ class Estimate:
     caution: str = ""
 
 
+def compared_with(reference: FeatureSet | None) -> FeatureSet:
+    """The reference, which a comparison cannot do without.
+
+    Raises:
+        DataError: there is none.
+    """
+    if reference is None:
+        raise DataError("this number compares with real images: give a reference")
+    return reference
+
+
+def refuse_other_width(ours: int, reference: int) -> None:
+    """Refuse to compare features of two lengths.
+
+    Raises:
+        DataError: they are.
+    """
+    if ours != reference:
+        raise DataError(
+            f"our images have {ours} features each and the reference {reference}; use the same feature network for both"
+        )
+
+
 def group_of_each(count: int, groups: int = GROUPS) -> Int[Tensor, "N"]:
     """A random group for each image, of equal sizes give or take one; the same on every machine.
 
@@ -100,11 +124,11 @@ def jackknife(values: Values, bounds: tuple[float, float] = (-math.inf, math.inf
     Source: Shao & Tu 1995, "The Jackknife and Bootstrap", sec. 2.3 (grouped jackknife).
     """
     without, n = values.without, len(values.without)
-    if n < GROUPS or not all(map(math.isfinite, without)):
+    if n != GROUPS or not all(map(math.isfinite, without)):
         return Estimate(values.value)
     mean = sum(without) / n
     error = math.sqrt((n - 1) / n * sum((v - mean) ** 2 for v in without))
-    reach = _T[n - 1] * error
+    reach = T_95 * error
     return Estimate(values.value, error, max(bounds[0], values.value - reach), min(bounds[1], values.value + reach))
 
 

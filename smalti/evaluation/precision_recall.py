@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float16, Int
 from torch import Tensor
 
-from smalti.errors import ConfigError, DataError
+from smalti.errors import ConfigError
 from smalti.evaluation.features import FeatureSet
-from smalti.evaluation.metric import GROUPS, Metric, Values
+from smalti.evaluation.metric import GROUPS, Metric, Values, compared_with, refuse_other_width
 from smalti.evaluation.neighbours import Arithmetic, Exact, Points, neighbour_radii, tiles
 
 _HALF_MAX = 65504.0
@@ -128,13 +128,8 @@ def _sorted_by_group(
     ours: FeatureSet, reference: FeatureSet | None, groups: Tensor | None
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Our features sorted by group, the real ones, and the sizes of the groups."""
-    if reference is None:
-        raise DataError("neighbours are counted among real images: give a reference")
-    mine, real = ours.rows("pool"), reference.rows("pool")
-    if mine.shape[1] != real.shape[1]:
-        raise DataError(
-            f"our features have {mine.shape[1]} numbers and the reference's {real.shape[1]}; use one feature network"
-        )
+    mine, real = ours.rows("pool"), compared_with(reference).rows("pool")
+    refuse_other_width(mine.shape[1], real.shape[1])
     if groups is None:
         return mine, real, [len(mine)]
     return mine[groups.argsort(stable=True)], real, torch.bincount(groups, minlength=GROUPS).tolist()

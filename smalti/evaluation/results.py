@@ -10,13 +10,12 @@ from typing import Literal
 
 from smalti.config import did_you_mean, from_dict, to_dict
 from smalti.errors import CheckpointError, ConfigError, DataError, NumericError
-from smalti.evaluation.metric import _T, GROUPS, Estimate, Metric
+from smalti.evaluation.metric import T_95, Estimate, Metric
 from smalti.evaluation.protocol import Protocol, as_json_has_it
 from smalti.storage.filesystem import FileSystem, LocalFileSystem, make_folders, storage_errors, write_file
 from smalti.storage.sealed import check_format, seal, smalti_version, unseal
 
 _FORMAT, _VERSION = "smalti result", 1
-T_95 = _T[GROUPS - 1]  # reach of a 95 % interval in standard errors
 
 
 @dataclass(frozen=True)

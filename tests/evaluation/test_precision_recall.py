@@ -102,7 +102,7 @@ def test_the_table_has_all_four_with_intervals_and_says_what_few_images_do():
     [
         (_set(3), REAL, "3 images are too few"),
         (OURS, _set(3), "3 images are too few"),
-        (OURS, _set(50, width=9), "use one feature network"),
+        (OURS, _set(50, width=9), "use the same feature network"),
         (OURS, None, "give a reference"),
     ],
 )

@@ -1,7 +1,7 @@
 """Results with invented numbers, made through the real dataclasses."""
 
 from smalti.evaluation.features import NetworkIdentity
-from smalti.evaluation.metric import _T, GROUPS, Estimate
+from smalti.evaluation.metric import T_95, Estimate
 from smalti.evaluation.protocol import MetricRule, Protocol, Reference
 from smalti.evaluation.results import FloorValue, Number, Result, Source
 
@@ -10,7 +10,7 @@ SAMPLING = {"sampler": "ddpm", "num_inference_steps": 250, "guidance_scale": 1.5
 
 
 def number(metric, value, error, floor=None, caution=""):
-    reach = None if error is None else _T[GROUPS - 1] * error
+    reach = None if error is None else T_95 * error
     estimate = Estimate(value, caution=caution)
     if reach is not None:
         estimate = Estimate(value, error, value - reach, value + reach, caution)
