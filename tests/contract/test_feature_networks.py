@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from inception_recipe import recipe_weights
+from pages import names_of
 from safetensors.torch import save_file
 
 from smalti.errors import ConfigError, SmaltiError
@@ -37,10 +38,23 @@ def _dinov2(folder: Path) -> str:
     return f"dinov2:{folder}"
 
 
+def _colours(folder: Path) -> str:
+    return "colours"
+
+
 # What to ask for, from a folder that may be written to; small, or with made-up weights where the real ones are not at
-# hand. A new network adds its line here and gets every test below.
-SPECS = {"inception": _inception, "lite0": _lite0, "dinov2": _dinov2}
-NAMES = pytest.mark.parametrize("name", NETWORKS)
+# hand. A new network adds its line here and gets every test below. The last one is that of the documentation.
+SPECS = {"inception": _inception, "lite0": _lite0, "dinov2": _dinov2, "colours": _colours}
+NAMES = pytest.mark.parametrize("name", SPECS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def of_the_documentation():
+    """docs/adding/feature_network.md puts its network into the table."""
+    before = dict(NETWORKS)
+    yield names_of("adding/feature_network.md")
+    NETWORKS.clear()
+    NETWORKS.update(before)
 
 
 @pytest.fixture(scope="module")
