@@ -3,7 +3,8 @@
 Each kind of work runs in a process of its own, whose highest resident memory counts, features included. A floor is the
 multiply-adds of all products, n D D for moments and (n n + m m + n m) D for neighbours, by the rate of a large product
 of the same features in the same process, measured before and after. Symmetric products may be computed by half, so a
-floor can be undercut.
+floor can be undercut. Works called `stream` go the whole way from images to numbers (`benchmarks.evaluation_stream`);
+they have no floor, only a limit on memory.
 """
 
 import argparse
@@ -12,12 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.evaluation_stream import STREAMS, measure_stream, peak_bytes
 from benchmarks.record import ROOT, Recorder, add_common_options, positive, prepare, table
 from smalti.errors import SmaltiError
 from smalti.evaluation.features import FeatureSet
@@ -32,8 +33,8 @@ WORK = {
     "suite-intervals": "the same with uncertainty",
     "exact-intervals": "precision and recall in float64, with uncertainty",
     "density-intervals": "density and coverage, with uncertainty",
-}
-DEFAULT = [name for name in WORK if name != "exact-intervals"]
+} | {name: f"images to {', '.join(metrics)}, all with uncertainty" for name, (metrics, _) in STREAMS.items()}
+DEFAULT = [name for name in WORK if name not in ("exact-intervals", "stream-infinity")]
 _GEMM_ROWS = 2048
 
 
@@ -53,7 +54,9 @@ def main(arguments: list[str]) -> int:
         parser.error("statistics and neighbours are computed on the CPU: leave --device out")
     device = prepare(options)
     if options.child:
-        sys.stdout.write(json.dumps(_measure(options.work[0], options)) + "\n")
+        name = options.work[0]
+        found = measure_stream(name, options) if name in STREAMS else _measure(name, options)
+        sys.stdout.write(json.dumps(found) + "\n")
         return 0
     recorder = Recorder("evaluation", device, options.out)
     for name in options.work:
@@ -64,13 +67,27 @@ def main(arguments: list[str]) -> int:
             f"{row['count']:,}",
             f"{row['reference_count']:,}",
             f"{row['seconds']:.2f}",
-            f"{row['floors']:.2f}",
+            f"{row['floors']:.2f}" if "floors" in row else "-",
             f"{row['peak_bytes'] / 2**30:.2f}",
         )
         for row in recorder.rows
     ]
     sys.stdout.write("\n" + table(("work", "ours", "real", "seconds", "x floor", "peak GiB"), rows))
-    return 0
+    return _judged(recorder.rows)
+
+
+def _judged(rows: list[dict[str, Any]]) -> int:
+    """The phases of streams, and 1 where one took more memory than its limit."""
+    code = 0
+    for row in rows:
+        if "phases" not in row:
+            continue
+        phases = [(p, f"{v['seconds']:.2f}", f"{v['peak_bytes'] / 2**30:.2f}") for p, v in row["phases"].items()]
+        sys.stdout.write(f"\n{table((row['work'], 'seconds', 'peak GiB'), phases)}")
+        if row["peak_bytes"] > row["limit_bytes"]:
+            sys.stdout.write(f"{row['work']}: above the limit of {row['limit_bytes'] / 2**30:g} GiB\n")
+            code = 1
+    return code
 
 
 def _in_a_child(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +131,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "gmacs": macs / 1e9,
         "gemm_gmacs_per_second": rate / 1e9,
         "gemm_dtype": str(dtype).removeprefix("torch."),
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
         "feature_bytes": (ours.nelement() + real.nelement()) * 4,
         "clock": "cpu time" if options.threads == 1 else "wall time",
         "values": found,
@@ -164,11 +181,3 @@ def _gemm_rate(rows: Tensor, dtype: torch.dtype, clock: Callable[[], float]) -> 
     started = clock()
     torch.mm(u, u.T)
     return len(u) ** 2 * rows.shape[1] / (clock() - started)
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process ever held."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise SmaltiError("peak memory of a process is read from Linux's /proc/self/status; it is not here")

@@ -21,11 +21,13 @@ from smalti.evaluation.networks.inception import Convolution, InceptionFID, Ince
 
 
 def main(arguments: list[str]) -> int:
-    """One JSON line per network and image size, then the table."""
+    """One JSON line per network, image size and batch, then the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks features", description=__doc__)
     parser.add_argument("networks", nargs="*", default=["inception"], help="as in --features (default inception)")
     parser.add_argument("--image-size", nargs="+", type=positive, default=[32, 256], help="pixels (default 32 256)")
-    parser.add_argument("--batch", type=positive, default=32, help="images at once (default 32, as evaluation has it)")
+    parser.add_argument(
+        "--batch", nargs="+", type=positive, default=[32], help="images at once (default 32, as evaluation has it)"
+    )
     add_common_options(parser, precisions=["fp32"])
     options = parser.parse_args(arguments)
     device = prepare(options)
@@ -33,7 +35,8 @@ def main(arguments: list[str]) -> int:
     for spec in options.networks:
         network = random_inception(device) if spec == "inception" else build_network(spec, device=str(device))
         for size in options.image_size:
-            _measure(recorder, spec, network, size, options.batch, options.repeats, device)
+            for batch in options.batch:
+                _measure(recorder, spec, network, size, batch, options.repeats, device)
     sys.stdout.write("\n" + _table(recorder))
     return 0
 

@@ -57,6 +57,7 @@ BENCHMARKS = (
         120,
         60,
     ),
+    Step("features", ("benchmarks", "features", "--device", DEVICE, "--batch", "32", "256"), 60, 30),
     Step(
         "model S/2 and B/2",
         (

@@ -13,9 +13,11 @@ def test_features_are_timed_beside_the_floor_of_their_products_and_the_resize_al
     from benchmarks.__main__ import main
 
     out = tmp_path / "lines.jsonl"
-    arguments = ["--image-size", "32", "--batch", "1", "--repeats", "1", "--out", str(out)]
+    arguments = ["--image-size", "32", "--batch", "1", "2", "--repeats", "1", "--out", str(out)]
     assert main(["features", *arguments]) == 0
-    (line,) = (json.loads(text) for text in out.read_text().splitlines())
+    line, two = (json.loads(text) for text in out.read_text().splitlines())
+    assert (line["batch"], two["batch"]) == (1, 2)
+    assert two["images_per_second"] == pytest.approx(2 / two["seconds"])
     assert line["benchmark"] == "features"
     assert line["gmacs"] == pytest.approx(5.71, abs=0.05)
     floor = line["gmacs"] / line["gemm_gmacs_per_second"]
