@@ -7,7 +7,8 @@ from typing import Annotated
 import tyro
 
 from smalti.errors import ConfigError
-from smalti.report.quality import as_text, render_result
+from smalti.report.one_result import render_origins, render_result
+from smalti.report.quality import as_text
 from smalti.workflows.compare import compare
 from smalti.workflows.evaluate import evaluate
 from smalti.workflows.evaluate_sources import Drawing
@@ -63,10 +64,12 @@ class Evaluate:
             save_statistics=self.save_statistics,
             out=self.out,
         )
-        for _, result in results:
-            print(render_result(result), end="\n\n")
         if len(results) > 1:
             try:
-                print(as_text(compare([path for path, _ in results]).table))
-            except ConfigError as error:  # every number stands above; it is only that they do not share a column
-                print(error)
+                table = compare([path for path, _ in results]).table
+            except ConfigError as refusal:  # numbers that share no column stand alone
+                print(*(render_result(result) for _, result in results), f"smalti compare: {refusal}", sep="\n\n")
+            else:
+                print(render_origins([result for _, result in results]), as_text(table), sep="\n\n")
+        elif results:
+            print(render_result(results[0][1]))

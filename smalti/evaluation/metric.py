@@ -1,5 +1,6 @@
 """What a metric is, and how uncertain its number is."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Estimate:
     Attributes:
         standard_error, low, high: None where the images were too few to say; low to high is a 95 % interval.
         caution: what to know before quoting it, or "".
+        without: the number without each group of images in turn, for differences of numbers; empty where unknown.
     """
 
     value: float
@@ -81,6 +83,7 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     caution: str = ""
+    without: tuple[float, ...] = ()
 
 
 def compared_with(reference: FeatureSet | None) -> FeatureSet:
@@ -129,7 +132,8 @@ def jackknife(values: Values, bounds: tuple[float, float] = (-math.inf, math.inf
     mean = sum(without) / n
     error = math.sqrt((n - 1) / n * sum((v - mean) ** 2 for v in without))
     reach = T_95 * error
-    return Estimate(values.value, error, max(bounds[0], values.value - reach), min(bounds[1], values.value + reach))
+    low, high = max(bounds[0], values.value - reach), min(bounds[1], values.value + reach)
+    return Estimate(values.value, error, low, high, without=tuple(without))
 
 
 def measure(
@@ -164,8 +168,7 @@ def measure(
         if metric.family not in computed:
             computed[metric.family] = metric.family(ours, reference, groups)
         found = jackknife(computed[metric.family][name], metric.bounds)
-        caution = metric.caution(ours, reference)
-        estimates[name] = Estimate(found.value, found.standard_error, found.low, found.high, caution)
+        estimates[name] = dataclasses.replace(found, caution=metric.caution(ours, reference))
     return estimates
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from smalti.config import did_you_mean, from_dict, to_dict
 from smalti.errors import CheckpointError, ConfigError, DataError, NumericError
-from smalti.evaluation.metric import T_95, Estimate, Metric
+from smalti.evaluation.metric import GROUPS, T_95, Estimate, Metric, Values, jackknife
 from smalti.evaluation.protocol import Protocol, as_json_has_it
 from smalti.storage.filesystem import FileSystem, LocalFileSystem, make_folders, storage_errors, write_file
 from smalti.storage.sealed import check_format, seal, smalti_version, unseal
@@ -65,7 +65,7 @@ class Number:
 
     def __post_init__(self) -> None:
         e = self.estimate
-        values = (e.value, e.standard_error, e.low, e.high, self.floor.value if self.floor else None)
+        values = (e.value, e.standard_error, e.low, e.high, self.floor.value if self.floor else None, *e.without)
         if not all(value is None or math.isfinite(value) for value in values):
             raise NumericError(
                 f"{self.label} is not finite ({', '.join(map(str, values))}); a result holds finite numbers only"
@@ -183,15 +183,26 @@ def read_result(path: Path) -> Result:
         raise CheckpointError(f"{error}; it is no result as smalti writes them") from error
 
 
-def difference(a: Estimate, b: Estimate) -> Estimate | None:
+def difference(a: Estimate, b: Estimate, *, same_groups: bool = False) -> Estimate | None:
     """By how much `b` is above `a`, with its 95 % interval; None where one of them has no error.
 
-    The errors come from two choices of images and count as independent: the variance is the sum of both. Each error has
-    nine degrees of freedom, their sum between nine and eighteen; the interval takes nine, the wider one. What the
-    common reference adds to both numbers is in neither.
+    What the common reference adds to both numbers is not in the interval. Where the errors were added, `without` is
+    empty.
+
+    Args:
+        same_groups: image i of both sets belongs to the same group, which holds where both have equally many images.
+            The error is then that of the difference without each group in turn: whatever images of one group share,
+            as the noise and the labels of their seeds, cancels, and independent sets lose nothing. Otherwise, or where
+            one of the two does not know its values without the groups, both errors are added as independent. Each
+            of them has nine degrees of freedom and their sum between nine and eighteen; the interval takes nine, the
+            wider one.
     """
     if a.standard_error is None or b.standard_error is None:
         return None
+    gap = b.value - a.value
+    if same_groups and len(a.without) == len(b.without) == GROUPS:
+        without = tuple(theirs - ours for ours, theirs in zip(a.without, b.without, strict=True))
+        return jackknife(Values(gap, without))
     error = math.hypot(a.standard_error, b.standard_error)
-    gap, reach = b.value - a.value, T_95 * error
+    reach = T_95 * error
     return Estimate(gap, error, gap - reach, gap + reach)

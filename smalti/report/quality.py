@@ -1,5 +1,7 @@
-"""Numbers of image quality for people: one result as text, several as a table in text, Markdown or HTML."""
+"""Numbers of image quality for people: a table of several results in text, Markdown or HTML."""
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -7,14 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from smalti.evaluation.metric import Estimate
-from smalti.evaluation.protocol import SHOWN, UNKNOWN, Protocol, told
-from smalti.evaluation.results import FloorValue, Number, Result
+from smalti.evaluation.results import FloorValue, Number
 from smalti.report.charts import Bar, error_bar_chart
 from smalti.report.page import COLOURS
 
 _STYLES = ("page.css", "quality.css")
-_ARROWS = {"lower": "↓", "higher": "↑"}
+ARROWS = {"lower": "↓", "higher": "↑"}
 CLEAN = "clean images"
+COLUMNS = 120  # of a terminal; tables may be wider, sentences are not
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,13 @@ def with_error(value: float, reach: float | None) -> tuple[str, str]:
         return f"{value:.4g}", ""
     if reach == 0:
         return f"{value:.6g}", "0"
-    decimals = max(0, 1 - int(f"{reach:.1e}".partition("e")[2]))  # the exponent after rounding: 0.0996 is 0.10
+    decimals = _decimals(reach)
     return f"{value:.{decimals}f}", f"{reach:.{decimals}f}"
+
+
+def _decimals(reach: float) -> int:
+    """Behind the point, up to the second digit of a half-width."""
+    return max(0, 1 - int(f"{reach:.1e}".partition("e")[2]))  # the exponent after rounding: 0.0996 is 0.10
 
 
 def half_width(estimate: Estimate) -> float | None:
@@ -109,74 +116,39 @@ def plus_minus(estimate: Estimate) -> str:
     return f"{value} ± {reach}" if reach else value
 
 
-def render_result(result: Result) -> str:
-    """One result as text: its numbers, what to know before quoting them, and how they were made."""
-    p = result.protocol
-    lines = [f"{result.source.name} ({result.source.path})"]
-    cells = [_result_cells(number) for number in result.numbers]
-    lines += [f"  {line}" for line in _aligned(cells, numeric=())]
-    lines += [f"  caution, {n.label}: {n.estimate.caution}" for n in result.numbers if n.estimate.caution]
-    if result.memorisation and (sentence := result.memorisation.get("sentence")):
-        lines.append(f"  {sentence}")
-    first, *rest = _protocol_lines(p)
-    return "\n".join([*lines, f"  protocol {p.digest[:SHOWN]}: {first}", *(f"    {line}" for line in rest)])
-
-
-def _result_cells(number: Number) -> list[str]:
-    e = number.estimate
-    value, reach = with_error(e.value, half_width(e))
-    digits = len(value.partition(".")[2])
-    interval = f"95 % interval {e.low:.{digits}f} to {e.high:.{digits}f}" if reach and e.low is not None else ""
-    floor = f"clean images: {_floor(number.floor)}" if number.floor else ""
-    return [f"{number.label} {_ARROWS[number.better]}", plus_minus(e), interval or "uncertainty unknown", floor]
-
-
-def _floor(floor: FloorValue) -> str:
-    return f"{floor.value:.4g} ({floor.count:,})"
-
-
-def _protocol_lines(p: Protocol) -> list[str]:
-    count = f"{p.count:,}" if p.count is not None else UNKNOWN
-    size = " x ".join(map(str, p.image_size)) if p.image_size else UNKNOWN
-    weights = {True: "averaged", False: "not averaged", None: UNKNOWN}[p.ema]
-    sampling = ", ".join(f"{name} {told(value)}" for name, value in p.sampling.items()) if p.sampling else UNKNOWN
-    lines = [
-        f"{count} images of {size}, class labels {told(p.class_labels)}, weights {weights}, "
-        f"precision {told(p.precision)}, inference {told(p.inference)}, decoder {told(p.decoder)}",
-        f"sampling: {sampling}",
-    ]
-    net = p.network
-    features = f"{net.name} {net.weights[:SHOWN]} ({net.resize}; {net.numerics})" if net else UNKNOWN
-    against = ""
-    if any(rule.uses_reference for rule in p.metrics):
-        ref = p.reference
-        images = f"{ref.count:,} images" if ref and ref.count is not None else "number of images unknown"
-        against = f"; reference: {ref.name} {ref.digest[:SHOWN]} ({images})" if ref else "; reference: unknown"
-    return [*lines, f"features: {features}{against}; smalti {told(p.smalti)}"]
+def floor_text(floor: FloorValue, beside: Sequence[Number]) -> str:
+    """With the digits of the numbers beside it, which are what it is held against; but never as a mere 0."""
+    reaches = [reach for number in beside if (reach := half_width(number.estimate))]
+    if not reaches:
+        return f"{floor.value:.4g} ({floor.count:,})"
+    decimals = max(_decimals(reach) for reach in reaches)
+    if floor.value and abs(floor.value) < 0.5 * 10.0**-decimals:
+        decimals = math.ceil(-math.log10(abs(floor.value)))
+    return f"{floor.value:.{decimals}f} ({floor.count:,})"
 
 
 def as_text(table: QualityTable) -> str:
     """For a terminal."""
-    head = ["images", *(f"{c.label} {_ARROWS[c.better]}" for c in table.columns)]
+    head = ["images", *(f"{c.label} {ARROWS[c.better]}" for c in table.columns)]
     body = [[row.name, *(_cell_text(row, c) for c in table.columns)] for row in table.rows]
-    clean = [[row.name, *(_clean_text(row, c) for c in table.columns)] for row in table.clean]
-    lines = _aligned([head, *body, *clean], numeric=range(1, len(head)), rule=True)
+    clean = [[row.name, *(_clean_text(table, row, c) for c in table.columns)] for row in table.clean]
+    lines = aligned([head, *body, *clean], numeric=range(1, len(head)), rule=True)
     lines += _listed(_all_notes(table))
     if table.statements:
-        lines += ["", *table.statements]
+        lines += _listed(table.statements)
     if table.quoted:
         lines += ["", "published, not measured here:"]
         quoted = [_quoted_head(table), *(_quoted_cells(table, row) for row in table.quoted)]
-        lines += _aligned(quoted, numeric=range(2, 2 + len(table.quoted_labels)), rule=True)
+        lines += aligned(quoted, numeric=range(2, 2 + len(table.quoted_labels)), rule=True)
         lines += _listed(table.quoted_notes)
     return "\n".join(lines)
 
 
 def as_markdown(table: QualityTable) -> str:
     """For a README or an issue."""
-    head = ["images", *(f"{c.label} {_ARROWS[c.better]}" for c in table.columns)]
+    head = ["images", *(f"{c.label} {ARROWS[c.better]}" for c in table.columns)]
     body = [[row.name, *(_cell_text(row, c, mark="**") for c in table.columns)] for row in table.rows]
-    clean = [[f"*{row.name}*", *(_clean_text(row, c) for c in table.columns)] for row in table.clean]
+    clean = [[f"*{row.name}*", *(_clean_text(table, row, c) for c in table.columns)] for row in table.clean]
     lines = _markdown_table(head, [*body, *clean], numeric=range(1, len(head)))
     for part in (_all_notes(table, bold="bold"), table.statements):
         lines += ["", *(f"- {_plain(sentence)}" for sentence in part)] if part else []
@@ -190,11 +162,11 @@ def as_markdown(table: QualityTable) -> str:
 
 def as_fragment(table: QualityTable) -> str:
     """HTML for a page that has the styles of `quality_page`: tables, charts, sentences."""
-    head = "".join(f"<th>{escape(c.label)} {_ARROWS[c.better]}</th>" for c in table.columns)
+    head = "".join(f"<th>{escape(c.label)} {ARROWS[c.better]}</th>" for c in table.columns)
     body = [_html_row(table, k, row) for k, row in enumerate(table.rows)]
     body += [
         f"<tr class='clean'><th>{escape(row.name)}</th>"
-        + "".join(f"<td>{escape(_clean_text(row, c))}</td>" for c in table.columns)
+        + "".join(f"<td>{escape(_clean_text(table, row, c))}</td>" for c in table.columns)
         + "</tr>"
         for row in table.clean
     ]
@@ -229,9 +201,10 @@ def _cell_text(row: Row, column: Column, mark: str = "") -> str:
     return (f"{mark}{text}{mark}" if mark else f"{text} *") if best else text
 
 
-def _clean_text(row: CleanRow, column: Column) -> str:
+def _clean_text(table: QualityTable, row: CleanRow, column: Column) -> str:
     floor = row.floors.get(column.label)
-    return _floor(floor) if floor else "-"
+    beside = [measured.numbers[column.label] for measured in table.rows if column.label in measured.numbers]
+    return floor_text(floor, beside) if floor else "-"
 
 
 def _all_notes(table: QualityTable, bold: str = "*") -> list[str]:
@@ -321,7 +294,8 @@ def _plain(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def _aligned(rows: Sequence[Sequence[str]], *, numeric: Sequence[int], rule: bool = False) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], *, numeric: Sequence[int], rule: bool = False) -> list[str]:
+    """Columns of text, the numeric ones ending below each other; `rule` draws a line under the head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -334,4 +308,17 @@ def _aligned(rows: Sequence[Sequence[str]], *, numeric: Sequence[int], rule: boo
 
 
 def _listed(sentences: Sequence[str]) -> list[str]:
-    return ["", *sentences] if sentences else []
+    """Sentences below a table, each cut where a terminal ends."""
+    return ["", *(line for sentence in sentences for line in wrapped(sentence))] if sentences else []
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """A sentence in lines of at most `COLUMNS`, all but the first further in."""
+    return textwrap.wrap(
+        text,
+        COLUMNS,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -6,42 +6,31 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from smalti.config import did_you_mean, to_dict
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.metric import Estimate
 from smalti.evaluation.protocol import UNKNOWN, Difference, check_allowed, unequal
 from smalti.evaluation.results import FloorValue, Number, Result, difference, read_result
-from smalti.presets.published import METRICS_PRINTED, PublishedResult, published
+from smalti.presets.published import PublishedResult, published
 from smalti.report.files import write_text
 from smalti.report.quality import (
     CLEAN,
     CleanRow,
     Column,
     QualityTable,
-    QuotedRow,
     Row,
     as_markdown,
     as_text,
     quality_page,
     with_error,
 )
+from smalti.workflows.compare_published import quoted_labels, quoted_notes, quoted_row
 
 ENDINGS = (".md", ".html", ".json", ".txt")
 _FOLDER = "evaluation"  # of a run, for its results
 _ALL_PAIRS = 3  # rows up to which every pair gets a sentence
-_LABELS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
-_CERTAINTY = {
-    "paper": "printed in its paper",
-    "readme": "in its authors' README",
-    "table image": "read from a picture of the paper's table",
-    "quoted": "printed in another paper",
-    "plot": "read off a plot, 3 % either way",
-    "derived": "derived from a stated difference",
-    "secondhand": "from a summary, not seen in the paper",
-}
-_SILENT = ("class_labels", "precision", "feature weights", "reference", "code")
 
 
 @dataclass(frozen=True)
@@ -59,6 +48,8 @@ class Pair:
 
     Attributes:
         better: of the two, the name of the better one; "" where the gap is within its uncertainty or unknown.
+        rule: where the error of the gap comes from: the gap without each group of images, which takes out what rows
+            of the same seeds share; or both errors, added as independent; "" where there is none.
     """
 
     label: str
@@ -66,6 +57,7 @@ class Pair:
     second: str
     gap: Estimate | None
     better: str
+    rule: Literal["groups", "independent", ""]
 
 
 @dataclass(frozen=True)
@@ -113,9 +105,9 @@ def compare(
         clean=_clean_rows(entries),
         statements=list(_statements(entries, pairs, labels)),
         notes=[*_cautions(entries), *_footnotes(entries, waived)],
-        quoted_labels=[_LABELS[name] for name in METRICS_PRINTED if any(name in row.numbers() for row in quoted)],
-        quoted=[_quoted_row(row) for row in quoted],
-        quoted_notes=list(_quoted_notes(quoted)),
+        quoted_labels=quoted_labels(quoted),
+        quoted=[quoted_row(row) for row in quoted],
+        quoted_notes=list(quoted_notes(quoted)),
     )
     return Comparison(entries, table, pairs, waived, quoted)
 
@@ -294,9 +286,11 @@ def _clear(best: Number, other: Number) -> bool:
 def _pairs(entries: Sequence[Entry], label: str) -> Iterator[Pair]:
     order = sorted(_holders(entries, label), key=lambda held: _rank(held[0], label))
     for (one, a), (other, b) in itertools.combinations(order, 2):
-        gap = difference(a.estimate, b.estimate)
+        counts = one.result.protocol.count, other.result.protocol.count
+        gap = difference(a.estimate, b.estimate, same_groups=counts[0] is not None and counts[0] == counts[1])
         told_apart = gap is not None and gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
-        yield Pair(label, one.name, other.name, gap, one.name if told_apart else "")
+        rule: Literal["groups", "independent", ""] = "" if gap is None else "groups" if gap.without else "independent"
+        yield Pair(label, one.name, other.name, gap, one.name if told_apart else "", rule)
 
 
 def _statements(entries: Sequence[Entry], pairs: Sequence[Pair], labels: Iterable[str]) -> Iterator[str]:
@@ -311,11 +305,17 @@ def _statements(entries: Sequence[Entry], pairs: Sequence[Pair], labels: Iterabl
         if len(order) > 1:
             metric = holders[0][1].metric
             common |= any(r.uses_reference for r in holders[0][0].result.protocol.metrics if r.name == metric)
-    if pairs:
+    rules = [pair.rule for pair in pairs if pair.rule]
+    if "groups" in rules:
         yield (
-            "A difference adds the errors of both rows as independent."
-            + (" The reference is common to all rows: what its choice of images adds is not in them." if common else "")
+            "The error of a difference is found from the difference itself, without each tenth of both rows in turn: "
+            "what rows of the same seeds share, noise and labels, cancels."
         )
+    if "independent" in rules:
+        where = " where their counts differ, or a file has no values without each tenth" if "groups" in rules else ""
+        yield f"A difference adds the errors of both rows as independent{where}."
+    if rules and common:
+        yield "The reference is common to all rows: what its choice of images adds is in no error."
     if len(entries) > _ALL_PAIRS:
         yield "Only neighbours in the order of each column are told here; all pairs are in the JSON."
 
@@ -347,12 +347,21 @@ def _clean_rows(entries: Sequence[Entry]) -> list[CleanRow]:
 
 
 def _cautions(entries: Sequence[Entry]) -> Iterator[str]:
+    """What to know before quoting, each once, with the rows and the columns that it is said of."""
+    said: dict[str, dict[str, list[str]]] = {}
     for entry in entries:
         for number in entry.result.numbers:
             if number.estimate.caution:
-                yield f"{entry.name}, {number.label}: {number.estimate.caution}"
+                said.setdefault(number.estimate.caution, {}).setdefault(entry.name, []).append(number.label)
         if entry.result.memorisation and (sentence := entry.result.memorisation.get("sentence")):
-            yield f"{entry.name}: {sentence}"
+            said.setdefault(sentence, {}).setdefault(entry.name, [])
+    for what, rows in said.items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for row, columns in rows.items():
+            alike.setdefault(tuple(columns), []).append(row)
+        for labels, names in alike.items():
+            who = ["all rows"] if len(names) == len(entries) > 1 else names
+            yield f"{', '.join([*who, *labels])}: {what}"
 
 
 def _footnotes(entries: Sequence[Entry], waived: Iterable[tuple[str, Difference, tuple[str, str]]]) -> Iterator[str]:
@@ -366,33 +375,3 @@ def _footnotes(entries: Sequence[Entry], waived: Iterable[tuple[str, Difference,
     for part, labels in columns.items():
         each = ", ".join(f"{value} ({name})" for name, value in values[part].items())
         yield f"Not alike in {', '.join(labels)}, as allowed: {part} is {each}."
-
-
-def _quoted_row(row: PublishedResult) -> QuotedRow:
-    guided = {None: "guidance not stated", 1.0: "no guidance"}.get(row.guidance_scale, f"guidance {row.guidance_scale}")
-    channels = f" ({row.guidance_channels} channels)" if row.guidance_channels else ""
-    sampler = f"{row.sampler} {row.num_inference_steps or ''}".strip()
-    parts = (
-        f"{row.dataset} {row.resolution}",
-        f"{row.steps:,} steps" if row.steps else "",
-        guided + channels,
-        sampler,
-        f"{row.decoder} decoder" if row.decoder else "",
-    )
-    numbers = {_LABELS[name]: value for name, value in row.numbers().items()}
-    certainty = _CERTAINTY[row.certainty]
-    return QuotedRow(row.title, ", ".join(filter(None, parts)), numbers, row.source, certainty, row.note)
-
-
-def _quoted_notes(rows: Sequence[PublishedResult]) -> Iterator[str]:
-    if not rows:
-        return
-    stated = [set(row.stated()) for row in rows]
-    always = [name for name in rows[0].stated() if all(name in parts for parts in stated)]
-    names = dict.fromkeys(name for row in rows for name in row.stated())
-    sometimes = [name for name in names if name not in always]
-    some = f"; some rows also {', '.join(sometimes)}" if sometimes else ""
-    yield (
-        f"Of the protocol these rows record {', '.join(always) or 'nothing that all of them state'}{some}, as stated. "
-        f"Not recorded are {', '.join(_SILENT)}, and errors: no number here is compared with a measured one."
-    )

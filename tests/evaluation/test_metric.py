@@ -69,3 +69,11 @@ def test_a_metric_that_cannot_be_asked_for_is_refused(name, says):
 def test_a_comparison_without_a_reference_is_refused():
     with pytest.raises(DataError, match="give a reference"):
         measure(_set(30), None, ["far"], TABLE, network="lite0")
+
+
+def test_values_without_each_group_stay_with_the_number():
+    found = measure(_set(200), None, ["mean"], TABLE, network="lite0")["mean"]
+    rows, groups = _set(200).rows("pool")[:, 0].double(), group_of_each(200)
+    assert found.without == tuple(rows[groups != g].mean().item() for g in range(GROUPS))
+    assert measure(_set(19), None, ["mean"], TABLE, network="lite0")["mean"].without == ()
+    assert jackknife(Values(1.0, (math.nan,) * GROUPS)).without == ()

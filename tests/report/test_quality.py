@@ -10,6 +10,7 @@ from made_up_results import made_up, number
 from smalti.evaluation.metric import Estimate
 from smalti.evaluation.results import FloorValue
 from smalti.report.charts import WIDTH, Bar, error_bar_chart
+from smalti.report.one_result import render_origins, render_result
 from smalti.report.quality import (
     CleanRow,
     Column,
@@ -22,7 +23,6 @@ from smalti.report.quality import (
     half_width,
     plus_minus,
     quality_page,
-    render_result,
     with_error,
 )
 
@@ -71,17 +71,17 @@ def test_one_result_is_told_with_all_that_one_must_know_before_quoting_it():
     )
     lines = render_result(result).splitlines()
     assert lines[0] == "dit (runs/dit)"
-    assert re.fullmatch(r"  FID ↓ +31.51 ± 0.45 +95 % interval 31.06 to 31.96 +clean images: 4.21 \(2,000\)", lines[1])
-    assert re.fullmatch(r"  IS ↑ +9.1 +uncertainty unknown", lines[2])
-    assert lines[3:6] == [
-        "  caution, FID: 5,000 images are few for FID",
-        "  caution, IS: no splits of 5,000",
+    assert re.fullmatch(r" +value +95 % interval +clean images", lines[1])
+    assert re.fullmatch(r"  FID ↓ +31.51 ± 0.45 +31.06 to 31.96 +4.21 \(2,000\)", lines[2])
+    assert re.fullmatch(r"  IS ↑ +9.1 +unknown", lines[3])
+    assert lines[4:7] == [
+        "  FID: 5,000 images are few for FID",
+        "  IS: no splits of 5,000",
         "  3 of 5,000 images may be copies.",
     ]
-    assert lines[6].startswith(
-        f"  protocol {result.protocol.digest[:12]}: 5,000 images of 32 x 32, class labels random"
-    )
-    text = "\n".join(lines[6:])
+    assert lines[7] == f"  protocol {result.protocol.digest[:12]}, smalti 0.1.0"
+    assert lines[8].startswith("    images: 5,000 of 32 x 32, class labels random")
+    text = "\n".join(lines[7:])
     for fact in ("guidance_scale 1.5", "inception aaaaaaaaaaaa", "emoji32 bbbbbbbbbbbb (1,906 images)", "smalti 0.1.0"):
         assert fact in text
 
@@ -90,11 +90,68 @@ def test_what_is_not_known_of_a_result_is_told_as_unknown():
     nothing = dict.fromkeys(("count", "image_size", "class_labels", "sampling", "ema", "precision", "inference"))
     result = made_up("png", [number("fid", 9.0, 0.1)], **nothing, decoder=None, network=None, reference=None)
     text = render_result(result)
-    assert "unknown images of unknown, class labels unknown, weights unknown, precision unknown" in text
-    assert "sampling: unknown" in text
-    assert "features: unknown; reference: unknown" in text
+    assert "images: unknown of unknown, class labels unknown, weights unknown, precision unknown" in text
+    for part in ("sampling", "features", "reference"):
+        assert f"    {part}: unknown" in text.splitlines()
     alone = made_up("is", [number("inception_score", 9.0, 0.1)], reference=None)
     assert "reference" not in render_result(alone)
+
+
+def test_numbers_of_one_result_meet_at_their_signs():
+    numbers = [number("fid", 1236.4, 21.2, floor=458.0), number("recall", 0.0812, 0.017, floor=0.81071)]
+    lines = render_result(made_up("dit", numbers)).splitlines()[2:4]
+    assert [line.index("±") for line in lines] == [lines[0].index("±")] * 2
+    assert [line.index(" to ") for line in lines] == [lines[0].index(" to ")] * 2
+    assert [line.rindex("(") for line in lines] == [lines[0].rindex("(")] * 2
+    assert re.search(r" 458 \(2,000\)$", lines[0])
+
+
+def test_one_caution_about_several_numbers_is_one_line_and_none_is_longer_than_a_terminal():
+    few = "236 images are few; " + "say it at length " * 20
+    numbers = [number("fid", 9.0, 0.1, caution=few), number("recall", 0.5, 0.1, caution=few)]
+    result = made_up("dit", numbers, sentence="No copies. " * 20, sampling={f"setting_{k}": k for k in range(20)})
+    lines = render_result(result).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum("236 images" in line for line in lines) == 1
+    assert lines[4].startswith("  FID, Recall: 236 images are few; say it at length")
+
+
+@pytest.mark.parametrize(
+    ("floor", "value", "error", "shown"),
+    [
+        (0.002379, 1.253, 0.05, "0.002"),
+        (0.02379, 1.253, 0.05, "0.02"),
+        (-0.00032, 0.0021, 0.001, "-0.0003"),
+        (457.82, 1236.0, 20.0, "458"),
+        (0.3, 318.0, 53.0, "0.3"),
+        (0.0096, 1.253, 0.05, "0.01"),
+        (0.0, 1.253, 0.05, "0.00"),
+        (50.7381, 450.0, None, "50.74"),
+    ],
+)
+def test_a_floor_has_the_digits_of_the_numbers_beside_it_and_is_never_a_mere_zero(floor, value, error, shown):
+    measured = number("fid", value, error, floor=floor)
+    assert f" {shown} (2,000)" in render_result(made_up("dit", [measured]))
+    columns, rows = [Column("FID", "fid", "lower")], [Row("dit", {"FID": measured})]
+    text = as_text(QualityTable(columns, rows, [CleanRow("clean images", {"FID": measured.floor})]))
+    assert f" {shown} (2,000)" in text
+
+
+def test_several_results_share_what_is_said_of_how_they_were_made():
+    a, b = (made_up(name, [number("fid", 9.0, 0.1)]) for name in "ab")
+    c = made_up("c", [number("fid", 9.0, 0.1)], count=10)
+    lines = render_origins([a, c, b]).splitlines()
+    assert lines[:2] == ["a (runs/a)", "b (runs/b)"]
+    at = lines.index("c (runs/c)")
+    assert sum(line.startswith("  protocol ") for line in lines) == 2
+    assert sum(line.startswith("  protocol ") for line in lines[:at]) == 1
+    assert "± " not in "\n".join(lines)
+
+
+def test_sentences_below_a_table_are_cut_where_a_terminal_ends():
+    lines = as_text(table(statements=["word " * 50], notes=["other " * 50])).splitlines()
+    assert all(len(line) <= 120 for line in lines if "word" in line or "other" in line)
+    assert sum(line.startswith("  word") for line in lines) == 2
 
 
 def table(**changes):
@@ -120,7 +177,7 @@ def test_the_text_has_a_row_a_result_and_published_numbers_in_a_block_of_their_o
     assert lines[0].split() == ["images", "FID", "↓", "IS", "↑"]
     assert lines[2].split()[2:] == ["31.50", "±", "0.45", "*", "9.00", "±", "0.23"]
     assert lines[3].split() == ["b", "40.25", "-"]
-    assert lines[4].split() == ["clean", "images", "4.2", "(2,000)", "-"]
+    assert lines[4].split() == ["clean", "images", "4.20", "(2,000)", "-"]
     ends = {line.index(end) + len(end) for line, end in zip(lines[2:5], ("*", "40.25", "(2,000)"), strict=True)}
     assert len(ends) == 1  # numbers end below each other
     at = lines.index("published, not measured here:")

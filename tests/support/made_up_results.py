@@ -9,11 +9,12 @@ LABELS = {"fid": "FID", "inception_score": "IS", "recall": "Recall"}
 SAMPLING = {"sampler": "ddpm", "num_inference_steps": 250, "guidance_scale": 1.5}
 
 
-def number(metric, value, error, floor=None, caution=""):
+def number(metric, value, error, floor=None, caution="", without=()):
+    """Args: without: the number without each group, as of a set drawn with the same seeds as another."""
     reach = None if error is None else T_95 * error
-    estimate = Estimate(value, caution=caution)
+    estimate = Estimate(value, caution=caution, without=without)
     if reach is not None:
-        estimate = Estimate(value, error, value - reach, value + reach, caution)
+        estimate = Estimate(value, error, value - reach, value + reach, caution, without)
     better = "lower" if metric == "fid" else "higher"
     return Number(metric, LABELS[metric], better, estimate, None if floor is None else FloorValue(floor, 2000))
 

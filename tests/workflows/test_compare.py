@@ -8,9 +8,8 @@ from made_up_results import SAMPLING, made_up, number
 
 from smalti.cli import main
 from smalti.errors import CheckpointError, ConfigError, DataError
-from smalti.evaluation.metric import Estimate
 from smalti.evaluation.protocol import Reference
-from smalti.evaluation.results import difference, write_result
+from smalti.evaluation.results import write_result
 from smalti.report.quality import as_text
 from smalti.workflows.compare import compare, write_comparison
 
@@ -52,14 +51,13 @@ def test_the_best_is_marked_only_where_its_interval_is_clear_of_the_next(write):
     assert compare(higher).table.columns[0].best == "f"
 
 
-def test_a_difference_is_told_with_the_errors_of_both_added_as_independent(write):
-    gap = difference(Estimate(10.0, 0.3), Estimate(12.0, 0.4))
-    assert (gap.value, gap.standard_error) == (2.0, pytest.approx(0.5))
-    assert gap.high - gap.value == pytest.approx(2.262157 * 0.5)
-    assert difference(Estimate(10.0), Estimate(12.0, 0.4)) is None
-    said = compare([write("a", number("fid", 10.0, 0.3)), write("b", number("fid", 12.0, 0.4))]).table.statements
+def test_without_more_knowledge_a_difference_is_told_with_both_errors_added_as_independent(write):
+    found = compare([write("a", number("fid", 10.0, 0.3)), write("b", number("fid", 12.0, 0.4))])
+    said = found.table.statements
     assert said[0] == "FID: a is better than b by 2.0 ± 1.1."
-    assert "reference is common" in said[-1]
+    assert said[1] == "A difference adds the errors of both rows as independent."
+    assert "reference is common" in said[2]
+    assert [pair.rule for pair in found.pairs] == ["independent"]
     said = compare([write("a", number("fid", 10.0, 0.3)), write("b", number("fid", 11.0, 0.4))]).table.statements
     assert said[0] == "FID: a and b differ by 1.0 ± 1.1, which is within the uncertainty."
     said = compare([write("c", number("inception_score", 9.0, 0.3)), write("d", number("inception_score", 8.0, None))])
@@ -67,20 +65,35 @@ def test_a_difference_is_told_with_the_errors_of_both_added_as_independent(write
     assert "reference" not in said.table.statements[-1]
 
 
-def test_the_difference_covers_the_truth_about_as_often_as_it_says():
-    """Two estimates with errors from ten groups each, as `jackknife` makes them."""
-    import torch
+def drawn(value, error, shared, tilt=0.0):
+    """A number whose luck lies in its groups: `shared` is that of the seeds, `tilt` its own."""
+    without = tuple(value + shared * (-1) ** k + tilt * (k - 4.5) / 4.5 for k in range(10))
+    return number("fid", value, error, without=without)
 
-    generator = torch.Generator().manual_seed(0)
-    covered = 0
-    for _ in range(2000):
-        rows = torch.randn(2, 10, generator=generator, dtype=torch.float64)
-        value, error = rows.mean(dim=1), rows.std(dim=1) / 10**0.5
-        a, b = (Estimate(v, e) for v, e in zip(value.tolist(), error.tolist(), strict=True))
-        gap = difference(a, b)
-        covered += gap.low <= 0 <= gap.high
-    # Taking nine degrees of freedom is the wide side: never below what it says, by four standard errors of 2000 trials.
-    assert 0.93 <= covered / 2000 <= 0.99
+
+def test_rows_of_equally_many_images_are_compared_group_by_group_which_takes_out_what_seeds_share(write):
+    a, b = write("a", drawn(10.0, 0.9, shared=0.3)), write("b", drawn(11.0, 0.9, shared=0.3, tilt=0.02))
+    found = compare([a, b])
+    # The differences without each group are 1 + 0.02 (k - 4.5) / 4.5, whose squares around 1 sum to 0.0016296.
+    reach = 2.262157 * (0.9 * 0.0016296) ** 0.5
+    assert found.pairs[0].rule == "groups"
+    assert found.pairs[0].gap.high - found.pairs[0].gap.value == pytest.approx(reach, rel=1e-4)
+    assert found.table.statements[0] == "FID: a is better than b by 1.000 ± 0.087."
+    assert "what rows of the same seeds share, noise and labels, cancels" in found.table.statements[1]
+    assert not any("independent" in said for said in found.table.statements)
+
+
+@pytest.mark.parametrize("changes", [{"count": 10}, {"count": None}])
+def test_groups_of_other_sizes_are_never_paired(write, changes):
+    paths = [write("a", drawn(10.0, 0.9, shared=0.3)), write("b", drawn(11.0, 0.9, shared=0.3), **changes)]
+    found = compare(paths, allow=["count"])
+    assert [pair.rule for pair in found.pairs] == ["independent"]
+    assert not any("seeds share" in said for said in found.table.statements)
+    both = compare([*paths, write("c", drawn(12.0, 0.9, shared=0.3))], allow=["count"])
+    assert sorted(pair.rule for pair in both.pairs) == ["groups", "independent", "independent"]
+    assert "A difference adds the errors of both rows as independent where their counts differ, or a file has no " in (
+        "\n".join(both.table.statements)
+    )
 
 
 def test_beyond_three_rows_neighbours_get_a_sentence_and_the_json_has_every_pair(write):
@@ -154,6 +167,27 @@ def test_cautions_and_what_was_memorised_are_footnotes(write):
     assert notes == ["a, FID: 2,000 images are few", "a: 3 of 5,000 may be copies."]
 
 
+def test_what_is_said_of_several_rows_or_columns_is_said_once(write):
+    few, rank, safe = "2,000 images are few", "no full rank", "No sign of memorisation."
+    paths = [
+        write(name, number("fid", 9.0, 0.1, caution=rank), number("recall", 0.5, 0.1, caution=few), sentence=said)
+        for name, said in (("a", safe), ("b", safe), ("c", "3 may be copies."))
+    ]
+    alone = write("d", number("fid", 9.5, 0.1, caution=few), number("recall", 0.5, 0.1, caution=few))
+    assert compare(paths).table.notes == [
+        "all rows, FID: no full rank",
+        "all rows, Recall: 2,000 images are few",
+        "a, b: No sign of memorisation.",
+        "c: 3 may be copies.",
+    ]
+    notes = compare([*paths, alone]).table.notes
+    assert notes[:3] == [
+        "a, b, c, FID: no full rank",
+        "a, b, c, Recall: 2,000 images are few",
+        "d, FID, Recall: 2,000 images are few",
+    ]
+
+
 def test_results_of_one_name_are_told_apart_by_file_then_by_path(write, tmp_path):
     write("run", file="early")
     run = write("run", file="late", ema=True)
@@ -170,11 +204,12 @@ def test_published_numbers_stand_apart_with_what_their_paper_states(write):
     text = as_text(found.table)
     measured, quoted = text.split("published, not measured here:")
     assert "2.27" not in measured
+    told = " ".join(quoted.split())
     assert re.search(
         r"DiT-XL/2 .*guidance 1.5 \(3 channels\), ddpm 250, ft-EMA decoder .*2.27 .*printed in its", quoted
     )
-    assert "these rows record images, image_size, sampler" in quoted
-    assert "Not recorded are class_labels, precision, feature weights, reference, code" in quoted
+    assert "these rows record images, image_size, sampler" in told
+    assert "Not recorded are class_labels, precision, feature weights, reference, code" in told
     assert len(set(found.quoted)) == len(found.quoted)
     assert found.table.columns[0].best == ""
     with pytest.raises(ConfigError, match="nothing is published here about 'gpt'"):
