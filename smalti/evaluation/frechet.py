@@ -88,17 +88,25 @@ def distances_of_unions(
         return [few.distance(torch.isin(groups, torch.tensor(list(union)))) for union in unions]
     parts = {g: Moments.of(rows[groups == g]) for g in groups.unique().tolist()}
     target = Target.of(reference)
+    ordered = list(map(frozenset, unions))
     merged: dict[frozenset[int], Moments] = {}
     distances = []
-    for union in map(frozenset, unions):
+    for place, union in enumerate(ordered):
         # Taking a group away is less work than putting nine together, which takes as long as the distance itself.
-        larger = next((known for known in merged if union < known and len(known - union) == 1), None)
+        larger = next((known for known in merged if _one_more(known, union)), None)
         if larger is None:
-            left = merged[union] = Moments.merged(parts[g] for g in union)
+            left = Moments.merged(parts[g] for g in union)
         else:
             left = merged[larger].without(parts[next(iter(larger - union))])
+        # 32 MiB each at 2048 features: only what is still to be taken from is kept.
+        merged[union] = left
+        merged = {known: m for known, m in merged.items() if any(_one_more(known, u) for u in ordered[place + 1 :])}
         distances.append(target.distance(left))
     return distances
+
+
+def _one_more(larger: frozenset[int], union: frozenset[int]) -> bool:
+    return union < larger and len(larger) == len(union) + 1
 
 
 def leave_out_unions() -> list[list[int]]:
@@ -183,9 +191,10 @@ def _distance_of(ours: FeatureSet, kind: str, real: Moments) -> float:
 def _pca_family(ours: FeatureSet, reference: FeatureSet | None, groups: Tensor | None) -> Mapping[str, Values]:
     """Frechet distance along the leading principal axes of the reference; all of them where there are fewer."""
     real = compared_with(reference).moments("pool")
-    if real.count is not None and real.count <= AXES:
-        raise DataError(f"{AXES} principal axes need at least {AXES + 1} reference images, this has {real.count}")
-    axes = torch.linalg.eigh(real.covariance).eigenvectors[:, -AXES:]  # (D, 64)
+    number = min(AXES, len(real.mean))
+    if real.count is not None and real.count <= number:
+        raise DataError(f"{number} principal axes need at least {number + 1} reference images, this has {real.count}")
+    axes = torch.linalg.eigh(real.covariance).eigenvectors[:, -number:]  # (D, 64)
     target = _along(real, axes)
     if "pool" in ours.stated:
         own = ours.moments("pool")
@@ -226,8 +235,8 @@ def too_few(
             sides.append(("reference ", count_and_width(reference, kind)[0]))
         if few := [f"{n:,} {who}images" for who, n in sides if n is not None and n <= width]:
             lines.append(
-                f"{' and '.join(few)} for {width:,} {what}: the covariance cannot have full rank, which makes the "
-                f"distance too large; compare only at the same number of images, or use {other}"
+                f"{' and '.join(few)} for {width:,} {what}: no covariance of full rank, so the distance is too large; "
+                f"compare at equal counts only, or use {other}"
             )
         if paper_count is not None and count is not None and count != paper_count:
             lines.append(f"papers take {paper_count:,} images, these are {count:,}: the fewer, the larger the distance")

@@ -19,6 +19,9 @@ from smalti.errors import DataError
 _TILE = 1280  # rows and columns: 6 MiB in float32, and a matrix product of full speed
 
 
+TOO_LARGE = "the squares of these features are beyond float32 (3e38): no distances; divide the features by something"
+
+
 @dataclass(frozen=True, eq=False)
 class Points:
     """A set of features as an arithmetic wants them.
@@ -53,11 +56,23 @@ class Arithmetic(Protocol):
 class Exact:
     """Float64 throughout, around a centre so that a common mean costs no digits.
 
-    Distances are right to 1e-13 of the largest squared length; `tie` of it counts as no difference.
+    Squared distances are right to 1e-13 of the squared lengths of both points; `tie` of those counts as no difference.
     """
 
     centre: Float[Tensor, "D"]
     tie: float = 1e-12
+
+    @staticmethod
+    def around(features: Float[Tensor, "N D"]) -> "Exact":
+        """Centred where most of the features are."""
+        return Exact(middle_of(features))
+
+    def slack(self, points: Points, radii: Tensor) -> Tensor:
+        """How far squared distances of points to others at about their squared `radii` (N, R) may be off by rounding.
+
+        Of each ball its own: one point far away must not blur the neighbours of the others.
+        """
+        return self.tie * (points.norms[:, None] + radii)
 
     def points(self, features: Tensor) -> Points:
         rows = torch.empty(features.shape, dtype=torch.float64)
@@ -70,6 +85,11 @@ class Exact:
 
     def squared(self, products: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return products.add_(a[:, None]).add_(b)
+
+
+def middle_of(features: Tensor) -> Float[Tensor, "D"]:
+    """Median of each feature, of a few hundred rows: where most of them are, whatever a few others do; float64."""
+    return features[:: max(1, len(features) // 256)].double().median(dim=0).values
 
 
 def pieces(sizes: Sequence[int], largest: int | None = None) -> list[tuple[slice, int]]:
@@ -161,15 +181,14 @@ def nearest(queries: Tensor, base: Tensor, *, same: bool = False) -> tuple[Float
         raise DataError(f"{len(queries)} and {len(base)} images: none has a neighbour; give more")
     largest = min(_TILE, max(64, (1 << 24) // max(1, base.shape[1])))  # 64 MiB of wide rows in float32
     room = torch.empty(min(largest, len(base)), base.shape[1])  # fresh memory takes longer than converting into it
-    centre = torch.zeros(base.shape[1], dtype=torch.float64)
-    for rows in base.split(largest):
-        centre += room[: len(rows)].copy_(rows).sum(dim=0)
-    middle = (centre / len(base)).float()
+    middle = middle_of(base).float()
 
     def centred(rows: Tensor) -> Tensor:
         return room[: len(rows)].copy_(rows).sub_(middle)
 
     norms = torch.cat([centred(rows).square_().sum(dim=1) for rows in base.split(largest)])
+    if not bool(torch.isfinite(norms).all()):
+        raise DataError(TOO_LARGE)
     candidates = min(4, len(base) - same)
     distances, indices = [], []
     # More queries than neighbours at a time: each piece of `base` is converted once for all of them.

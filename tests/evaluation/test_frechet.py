@@ -139,6 +139,23 @@ def test_fewer_reference_images_than_axes_are_refused():
         FD_PCA64.family(_set(100, 80), _set(64, 80), None)
 
 
+def test_features_fewer_than_axes_need_as_many_reference_images_as_they_are():
+    ours, real = _set(100, 12), _set(13, 12, seed=1)
+    whole = FD.family(ours, real, None)["fd"].value
+    assert FD_PCA64.family(ours, real, None)["fd_pca64"].value == pytest.approx(whole, rel=1e-9)
+    with pytest.raises(DataError, match="12 principal axes need at least 13 reference images, this has 12"):
+        FD_PCA64.family(ours, _set(12, 12), None)
+
+
+def test_float32_features_with_a_large_mean_keep_their_digits():
+    ours, real = _rows(300, 20), _rows(400, 20, seed=1, shift=0.2)
+    # Multiples of 2^-9: exact in float32 beside 4096, so that the shifted features are the same ones.
+    ours, real = ((512 * rows).round() / 512 for rows in (ours, real))
+    plain = FD.family(FeatureSet({"pool": ours}), FeatureSet({"pool": real}), None)["fd"].value
+    shifted = FD.family(FeatureSet({"pool": ours + 4096}), FeatureSet({"pool": real + 4096}), None)["fd"].value
+    assert shifted == pytest.approx(plain, rel=1e-9)
+
+
 @pytest.mark.parametrize("metric", [FID, FD_PCA64], ids=lambda metric: metric.label)
 @pytest.mark.parametrize("count", [7, 100])
 def test_features_of_another_network_are_refused(metric, count):

@@ -1,5 +1,6 @@
 """KID: the formula written out, blocks, independent code, and that it is unbiased."""
 
+import itertools
 import math
 
 import pytest
@@ -63,6 +64,21 @@ class _Flat(torch.nn.Module):
 
     def forward(self, images):
         return images.flatten(1)
+
+
+def test_the_mean_over_all_pairs_of_subsets_which_others_draw_from_is_this_number():
+    x, y = _rows(6, 4), _rows(5, 4, seed=1, shift=0.5)
+    chosen = itertools.product(*(itertools.combinations(range(n), 3) for n in (6, 5)))
+    means = [kid(x[list(i)], y[list(j)]) for i, j in chosen]
+    assert sum(means) / len(means) == pytest.approx(kid(x, y), rel=1e-10)
+
+
+def test_a_set_against_itself_is_below_zero_and_copies_of_one_image_have_their_number():
+    x = _rows(50, 8)
+    assert kid(x, x) < 0  # each image meets itself across, and not among its own
+    same, zero = torch.ones(20, 8), torch.zeros(20, 8)
+    assert kid(same, zero) == pytest.approx(2**3 + 1 - 2, rel=1e-12)
+    assert kid(same, same) == pytest.approx(0, abs=1e-12)
 
 
 def test_draws_of_one_distribution_score_zero_in_the_mean_however_few():

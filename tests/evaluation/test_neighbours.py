@@ -89,6 +89,19 @@ def test_a_copy_far_from_the_origin_is_found_at_distance_zero():
     assert indices.tolist() == [17, 3]
 
 
+def test_one_point_far_away_does_not_blur_the_others():
+    base, queries = _rows(300, width=40), _rows(50, width=40, seed=9)
+    plain = torch.cdist(queries.double(), base.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    distances, indices = nearest(queries, torch.cat([torch.full((1, 40), 1e10), base]))
+    torch.testing.assert_close(distances, plain.min(dim=1).values, rtol=1e-12, atol=0)
+    assert torch.equal(indices, plain.argmin(dim=1) + 1)
+
+
+def test_points_whose_squares_are_too_large_are_refused():
+    with pytest.raises(DataError, match="beyond float32"):
+        nearest(_rows(4), _rows(9) * 1e20)
+
+
 @pytest.mark.parametrize(("count", "width", "same"), [(1, 6, True), (0, 6, False), (5, 7, False)])
 def test_nobody_to_be_near_to_is_refused(count, width, same):
     with pytest.raises(DataError):

@@ -74,6 +74,65 @@ def test_images_among_the_real_ones_count_although_their_distance_is_a_radius():
         assert precision_recall(line, line, rule=rule)["recall"].value == 1.0
 
 
+def _on_a_grid(real, ours):
+    """All four on points whose distances are whole numbers: density and coverage as the package `prdc` 0.2 of their
+    authors defines them, balls without their surface; precision and recall with it, as the suite."""
+    squared = [(a[:, None] - b).square().sum(-1) for a, b in ((real, real), (ours, ours), (real, ours))]
+    among, mine = (d.sort().values for d in squared[:2])  # the point itself stands at 0
+    between = squared[2]
+    opened, closed = between < among[:, 5, None], between <= among[:, 3, None]
+    assert (between == among[:, 5, None]).any()
+    return {
+        "precision": closed.any(0).double().mean().item(),
+        "recall": (between <= mine[:, 3]).any(1).double().mean().item(),
+        "density": opened.double().sum(0).mean().item() / 5,
+        "coverage": opened.any(1).double().mean().item(),
+    }
+
+
+# On a grid distances are equal to the last bit; scaled by 0.1 and moved they are so only up to rounding.
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.1, 3.0)])
+def test_the_surface_of_a_ball_is_inside_for_precision_and_recall_and_outside_for_density_and_coverage(scale, shift):
+    generator = torch.Generator().manual_seed(0)
+    real, ours = (torch.randint(0, 9, (n, 3), generator=generator).double() + more for n, more in ((90, 0), (80, 3)))
+    plain = _on_a_grid(real, ours)
+    assert all(0.1 < value < 0.95 for value in plain.values())
+    found = _both(FeatureSet({"pool": ours * scale + shift}), FeatureSet({"pool": real * scale + shift}))
+    assert {name: values.value for name, values in found.items()} == pytest.approx(plain, abs=1e-12)
+
+
+@pytest.mark.parametrize("side", ["ours", "real"])
+def test_one_image_far_away_blurs_no_distance_between_the_others(side):
+    ours, real = OURS.rows("pool").clone(), REAL.rows("pool").clone()
+    rest = {
+        "ours": (FeatureSet({"pool": ours[1:]}), REAL),
+        "real": (OURS, FeatureSet({"pool": real[1:]})),
+    }[side]
+    {"ours": ours, "real": real}[side][0] = 1e10
+    found = density_coverage(FeatureSet({"pool": ours}), FeatureSet({"pool": real}))
+    without = density_coverage(*rest)
+    # The odd one of ours is in no ball; the odd real one's ball reaches to its fifth neighbour and holds all but a few.
+    held = {"ours": (0, 0), "real": (None, 1)}[side]
+    pairs, places = without["density"].value * rest[0].count, without["coverage"].value * rest[1].count
+    assert found["coverage"].value * len(real) == pytest.approx(places + held[1], abs=1e-9)
+    if side == "ours":
+        assert found["density"].value * len(ours) == pytest.approx(pairs, abs=1e-9)
+    # Of precision, nothing changes but the odd one's own answer.
+    exact = precision_recall(FeatureSet({"pool": ours}), REAL, rule="exact")["precision"].value
+    if side == "ours":
+        alone = precision_recall(*rest, rule="exact")["precision"].value
+        assert exact * len(ours) == pytest.approx(alone * (len(ours) - 1), abs=1e-9)
+
+
+def test_features_that_float16_cannot_tell_apart_are_named():
+    caution = METRICS["precision"].caution
+    for rows in (OURS.rows("pool") * 1e-6, OURS.rows("pool") + 1000):
+        assert "float16 changes squared distances" in caution(OURS, FeatureSet({"pool": rows}))
+    for rows in (OURS.rows("pool"), OURS.rows("pool") * 1e4, OURS.rows("pool")[:1].expand(230, -1)):
+        assert "float16" not in caution(OURS, FeatureSet({"pool": rows}))
+    assert "float16" not in METRICS["density"].caution(OURS, FeatureSet({"pool": OURS.rows("pool") * 1e-6}))
+
+
 def test_one_distribution_has_the_density_and_coverage_that_theory_says():
     found = density_coverage(_set(1500, width=3, seed=5), _set(1500, width=3, seed=6))
     # A ball holds 5 +- sqrt(10) of ours; balls overlap, five deep: 1,500 of them are worth 300.
@@ -104,6 +163,9 @@ def test_the_table_has_all_four_with_intervals_and_says_what_few_images_do():
         (OURS, _set(3), "3 images are too few"),
         (OURS, _set(50, width=9), "use the same feature network"),
         (OURS, None, "give a reference"),
+        (OURS.subset([]), REAL, "0 images of ours"),
+        (OURS, REAL.subset([]), "0 real ones"),
+        (_set(50, spread=1e20), REAL, "beyond float32"),
     ],
 )
 def test_what_cannot_be_compared_gets_one_line(ours, real, says):

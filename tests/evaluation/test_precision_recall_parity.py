@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from smalti.evaluation.features import FeatureSet
+from smalti.evaluation.metric import measure
+from smalti.evaluation.metrics import METRICS
 from smalti.evaluation.neighbours import Exact, neighbour_radii
 from smalti.evaluation.precision_recall import Half, Single, precision_recall, sum_in_half
 
@@ -28,6 +30,14 @@ def test_precision_and_recall_are_those_of_the_suite_and_of_float64(case, rule, 
     found = precision_recall(ours, real, rule=rule)
     for name in ("precision", "recall"):
         assert found[name].value == pytest.approx(GOLDEN[f"{case}.{kind}.{name}"].item(), abs=1e-12)
+
+
+def test_what_the_table_calls_precision_and_recall_is_what_the_suite_prints_where_rounding_decides():
+    ours, real = (FeatureSet({"pool": GOLDEN[f"fp16_sensitive.input.{name}"]}) for name in ("sample", "ref"))
+    found = measure(ours, real, ["precision", "recall"], METRICS, network="inception", intervals=False)
+    assert {name: estimate.value for name, estimate in found.items()} == pytest.approx(
+        {name: GOLDEN[f"fp16_sensitive.output.{name}"].item() for name in ("precision", "recall")}, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
