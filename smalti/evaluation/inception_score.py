@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti.errors import ConfigError, DataError
@@ -57,8 +57,30 @@ def inception_score_from_probabilities(probabilities: Float[Tensor, "N K"], *, s
 
 def _family(ours: FeatureSet, reference: FeatureSet | None, groups: Tensor | None) -> Mapping[str, Values]:
     logits = ours.rows("logits")
-    without = () if groups is None else tuple(inception_score(logits[groups != out]) for out in range(GROUPS))
+    without = () if groups is None else _without_each(logits, groups)
     return {"inception_score": Values(inception_score(logits), without)}
+
+
+def _without_each(logits: Float[Tensor, "N K"], groups: Int[Tensor, "N"]) -> tuple[float, ...]:
+    """The scores without each group in turn, from one pass over the images, as mean(p log p) - mean p log mean p."""
+    rest = groups != torch.arange(GROUPS)[:, None]  # (10, N)
+    split = (rest.cumsum(dim=1) - 1) // SPLIT  # of the images that are left, by position among them
+    splits = int(split.max()) + 1
+    counts, own = torch.zeros(2, GROUPS, splits, dtype=torch.float64)
+    sums = torch.zeros(GROUPS, splits, logits.shape[1], dtype=torch.float64)
+    for start in range(0, len(logits), SPLIT):
+        part = slice(start, start + SPLIT)
+        log_p = logits[part].double().log_softmax(dim=1)
+        p = log_p.exp()
+        member = (split[:, None, part] == torch.arange(splits)[:, None]) & rest[:, None, part]  # (10, splits, rows)
+        member = member.double()
+        counts += member.sum(dim=2)
+        own += member @ log_p.mul_(p).sum(dim=1)
+        sums += member @ p
+    means = sums / counts.clamp_min(1)[..., None]
+    scores = (own / counts.clamp_min(1) - torch.xlogy(means, means).sum(dim=2)).exp()
+    there = counts > 0  # without the largest group there may be a split less
+    return tuple(((scores * there).sum(dim=1) / there.sum(dim=1)).tolist())
 
 
 def _caution(ours: FeatureSet, reference: FeatureSet | None) -> str:

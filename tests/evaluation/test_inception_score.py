@@ -11,6 +11,7 @@ from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import FeatureSet
 from smalti.evaluation.inception_score import (
     INCEPTION_SCORE,
+    SPLIT,
     inception_score,
     inception_score_from_probabilities,
 )
@@ -49,12 +50,26 @@ def test_a_shorter_last_split_weighs_as_much_as_the_others():
     assert parts[1] == pytest.approx(1, rel=1e-12)
 
 
-def test_leaving_out_keeps_the_order_of_the_other_images():
-    logits = torch.randn(5600, 6, generator=torch.Generator().manual_seed(0))
-    groups = group_of_each(5600)
+@pytest.mark.parametrize("count", [45, 5600, 11_117])
+def test_leaving_out_keeps_the_order_of_the_other_images(count):
+    logits = 3 * torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+    logits[:, 5] -= 2000  # a class that nobody can be
+    groups = group_of_each(count)
     found = INCEPTION_SCORE.family(FeatureSet({"logits": logits}), None, groups)["inception_score"]
     assert found.value == inception_score(logits)
-    assert found.without == tuple(inception_score(logits[groups != out]) for out in range(GROUPS))
+    each = [inception_score(logits[groups != out]) for out in range(GROUPS)]
+    assert found.without == pytest.approx(each, rel=1e-12)
+
+
+def test_leaving_out_a_larger_group_may_leave_a_split_less():
+    count = 5556
+    groups = group_of_each(count)
+    left = [int((groups != out).sum()) for out in range(GROUPS)]
+    assert {-(-n // SPLIT) for n in left} == {1, 2}
+    logits = 3 * torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+    found = INCEPTION_SCORE.family(FeatureSet({"logits": logits}), None, groups)["inception_score"]
+    each = [inception_score(logits[groups != out]) for out in range(GROUPS)]
+    assert found.without == pytest.approx(each, rel=1e-12)
 
 
 def test_a_split_that_is_not_full_is_named():
