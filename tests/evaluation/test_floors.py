@@ -6,7 +6,7 @@ import torch
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import FeatureSet
 from smalti.evaluation.floors import clean_floor
-from smalti.evaluation.metric import measure
+from smalti.evaluation.metric import Metric, Values, measure
 from smalti.evaluation.metrics import METRICS
 
 
@@ -34,6 +34,19 @@ def test_the_floor_falls_with_the_number_of_images_and_is_the_same_every_time():
     real = _real()
     assert _floor(real, 100).values["fd"] < _floor(real, 30).values["fd"]
     assert _floor(real, 30) == _floor(real, 30)
+
+
+def test_each_draw_is_new_and_holds_every_image_once_on_one_side():
+    real, seen = FeatureSet({"pool": torch.arange(31.0)[:, None]}), []
+
+    def look(ours, reference, groups):
+        seen.append(tuple(sorted(side.rows("pool")[:, 0].tolist()) for side in (ours, reference)))
+        return {"look": Values(float(len(seen)))}
+
+    table = {"look": Metric("Look", "lower", ("pool",), "features", look, "looks")}
+    assert clean_floor(real, 12, ["look"], table, network="lite0", repeats=3).values["look"] == 2.0  # the mean
+    assert all(len(taken) == 12 and sorted(taken + rest) == list(range(31)) for taken, rest in seen)
+    assert len({tuple(taken) for taken, _ in seen}) == 3
 
 
 def test_no_more_than_half_of_the_reference_is_taken_and_said():

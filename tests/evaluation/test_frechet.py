@@ -103,6 +103,34 @@ def test_a_distance_stays_the_same_when_the_features_are_rotated_or_the_sides_ex
     assert frechet_distance(Moments.of(real), Moments.of(ours)) == pytest.approx(plain, rel=1e-9)
 
 
+def _exact(ours, real):
+    """From singular values of the features themselves, which no square has rounded."""
+    centred = [(rows.double() - rows.double().mean(dim=0)) / (len(rows) - 1) ** 0.5 for rows in (ours, real)]
+    small = [torch.linalg.qr(rows).R for rows in centred]
+    gap = ours.double().mean(dim=0) - real.double().mean(dim=0)
+    traces = float(sum(rows.square().sum() for rows in centred))
+    overlap = float(torch.linalg.svdvals(small[0] @ small[1].T).sum())
+    return float(gap.square().sum()) + traces - 2 * overlap, traces
+
+
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_variances_that_fall_steeply_cost_no_digits(power):
+    spread = torch.arange(1, 129) ** -float(power)  # variances: 1 to 2e-13 at the steepest
+    g = torch.Generator().manual_seed(0)
+    ours, real = (torch.randn(600, 128, generator=g) * spread for _ in range(2))
+    exact, traces = _exact(ours, real)
+    assert exact < 0.05 * traces
+    sets = FeatureSet({"pool": ours}), FeatureSet({"pool": real})
+    # 128 singular values, each right to a few eps of the largest.
+    within = 1e-14 * traces
+    assert abs(frechet_distance(*(side.moments("pool") for side in sets)) - exact) <= within
+    found = FD.family(*sets, group_of_each(600))["fd"]
+    assert abs(found.value - exact) <= 20 * within  # moments merged from ten groups round more often
+    for out in (0, 9):
+        left = _exact(ours[group_of_each(600) != out], real)
+        assert abs(found.without[out] - left[0]) <= 1e-6 * left[1]
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_a_distance_grows_with_the_square_of_the_unit(scale):
     ours, real = _rows(200, 16).double(), _rows(150, 16, seed=1).double()
