@@ -6,6 +6,8 @@ With few images no distance is 0 even where nothing is wrong; a number says some
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from smalti import streams
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import FeatureSet
@@ -65,18 +67,18 @@ def clean_floor(
     taken = min(count, total // 2)
     if not comparing or taken < 2:
         return Floor({}, taken, total - taken)
+    by_needs: dict[tuple[str, ...], list[str]] = {}
+    for name in comparing:
+        by_needs.setdefault(table[name].needs, []).append(name)
     sums = dict.fromkeys(comparing, 0.0)
     for draw in range(repeats):
         order = streams.key(draw, streams.GROUPS, total, taken)  # with ids behind it: not the groups of a jackknife
-        places = [streams.permute(i, total, order) for i in range(total)]
-        found = measure(
-            reference.subset(places[:taken]),
-            reference.subset(places[taken:]),
-            comparing,
-            table,
-            network=network,
-            intervals=False,
-        )
-        for name in comparing:
-            sums[name] += found[name].value
+        places = torch.tensor([streams.permute(i, total, order) for i in range(total)])
+        for kinds, asked in by_needs.items():  # subsets are copies: one kind after the other takes less memory
+            real = FeatureSet({kind: reference.features[kind] for kind in kinds})
+            found = measure(
+                real.subset(places[:taken]), real.subset(places[taken:]), asked, table, network=network, intervals=False
+            )
+            for name in asked:
+                sums[name] += found[name].value
     return Floor({name: sums[name] / repeats for name in comparing}, taken, total - taken)

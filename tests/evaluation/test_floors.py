@@ -74,3 +74,20 @@ def test_only_comparisons_for_which_there_are_features_have_a_floor():
 def test_a_floor_that_cannot_be_computed_gets_one_line(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+def test_kinds_of_features_are_taken_apart_from_one_another_with_the_same_images_on_each_side():
+    numbers, seen = torch.arange(31.0)[:, None], []
+
+    def look(kind):
+        def family(ours, reference, groups):
+            assert set(ours.features) == set(reference.features) == {kind}
+            seen.append((kind, tuple(ours.rows(kind)[:, 0].tolist())))
+            return {kind: Values(0.0)}
+
+        return Metric("Look", "lower", (kind,), "features", family, "looks")
+
+    table = {kind: look(kind) for kind in ("pool", "spatial")}
+    clean_floor(FeatureSet({"pool": numbers, "spatial": numbers}), 12, table, table, network="lite0", repeats=2)
+    assert [kind for kind, _ in seen] == ["pool", "spatial"] * 2
+    assert [len({rows for _, rows in seen[i : i + 2]}) for i in (0, 2)] == [1, 1]
