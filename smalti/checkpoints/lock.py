@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from smalti.checkpoints.process import Process, is_dead
 from smalti.errors import RunLockedError, StorageError
+from smalti.storage.process import Process, is_dead
 
 _FILE = ".lock"
 _PATIENCE = 2.0  # seconds for the children of a killed holder to let go

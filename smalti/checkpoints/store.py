@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import Tensor
 
-from smalti.checkpoints.process import Process, is_dead
 from smalti.errors import CheckpointError, StorageError
 from smalti.storage.filesystem import (
     FileRecord,
@@ -31,6 +30,7 @@ from smalti.storage.filesystem import (
     storage_errors,
     write_file,
 )
+from smalti.storage.process import Process, is_dead
 from smalti.storage.sealed import NewerFormatError, check_format, seal, smalti_version, unseal
 from smalti.storage.tensors import file_pieces, file_size, read_tensors, refuse_non_finite
 

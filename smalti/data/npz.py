@@ -7,8 +7,6 @@ file may be 10 GB, so neither side ever holds it: it is written from a stream an
 import contextlib
 import hashlib
 import math
-import os
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,15 +18,14 @@ import numpy as np
 from smalti.data.npz_file import PIECE, ArrayHeader, Member, NpzFile, archive_of
 from smalti.errors import DataError
 from smalti.storage.filesystem import (
-    Buffer,
     FileRecord,
     FileSystem,
     LocalFileSystem,
     make_folders,
     require_space,
     storage_errors,
-    write_file,
 )
+from smalti.storage.replacing import replace_file
 
 IMAGES, LABELS = "arr_0", "arr_1"
 LAYOUT = "ADM's layout is arr_0, uint8 (N, H, W, 3), RGB"
@@ -67,46 +64,6 @@ def write_images(
         require_space(fs, path.parent, needed, path.name)
         pieces = archive_of(_array_members(path, images, count, image_size, labels))
         return replace_file(fs, path, pieces)
-
-
-def replace_file(fs: FileSystem, path: Path, pieces: Iterable[Buffer]) -> FileRecord:
-    """Write beside `path` under another name, sync, and put it in the place of `path`. On an error nothing is left.
-
-    The name carries host and process, so that two writers never meet in one file; what a killed process left is
-    removed by the next one on the same host.
-    """
-    for stale in _stale(path):
-        with contextlib.suppress(FileNotFoundError):  # another process cleans up too
-            fs.remove_file(stale)
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
-    try:
-        record = write_file(fs, temporary, pieces)
-        fs.rename(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            fs.remove_file(temporary)
-        raise
-    fs.sync_folder(path.parent)
-    return record
-
-
-def _stale(path: Path) -> Iterator[Path]:
-    prefix, suffix = f".{path.name}.{platform.node()}-", ".tmp"
-    for name in os.listdir(path.parent):
-        process = name[len(prefix) : -len(suffix)]
-        is_ours = name.startswith(prefix) and name.endswith(suffix) and process.isdecimal()
-        if is_ours and (int(process) == os.getpid() or not _is_alive(int(process))):
-            yield path.with_name(name)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it belongs to somebody else
-        return True
-    return True
 
 
 def _checked_labels(class_labels: Sequence[int] | np.ndarray, count: int) -> np.ndarray:

@@ -1,16 +1,15 @@
 """Features of reference images, kept on disk: a reference is measured against many times and never changes."""
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smalti.errors import CheckpointError
 from smalti.evaluation.features import FeatureSet, NetworkIdentity
-from smalti.storage.filesystem import FileRecord, LocalFileSystem, make_folders, read_record, write_file
+from smalti.storage.filesystem import FileRecord, LocalFileSystem, make_folders, read_record
+from smalti.storage.replacing import replace_file
 from smalti.storage.sealed import seal, unseal
 from smalti.storage.tensors import file_pieces, file_size, read_tensors
 
@@ -52,22 +51,15 @@ class FeatureCache:
             self.note(f"features of more than {LIMIT_BYTES >> 30} GiB are not kept for the next time")
             return
         data, seal_file = self._paths(images, identity, kinds)
-        temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in (data, seal_file)]
         fs = LocalFileSystem()
         try:
             make_folders(fs, self.folder)
-            record = write_file(fs, temporary[0], file_pieces(found.features))
-            document = seal({"format": "smalti-features", "version": 1, "file": record._asdict()})
-            write_file(fs, temporary[1], [document])
+            record = replace_file(fs, data, file_pieces(found.features))
             # The seal last: it is what says that the other one is whole.
-            fs.rename(temporary[0], data)
-            fs.rename(temporary[1], seal_file)
+            replace_file(fs, seal_file, [seal({"format": "smalti-features", "version": 1, "file": record._asdict()})])
             self.note(f"features are kept in {data}")
         except OSError as error:
             self.note(f"features could not be kept in {self.folder}: {error}")
-            for path in temporary:
-                with contextlib.suppress(OSError):
-                    path.unlink()
 
     def _paths(self, images: str, identity: NetworkIdentity, kinds: Sequence[str]) -> tuple[Path, Path]:
         wanted = [images, asdict(identity), sorted(kinds)]

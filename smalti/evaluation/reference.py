@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smalti.config import from_dict, to_dict
-from smalti.data.npz import IMAGES, is_statistics, replace_file
+from smalti.data.npz import IMAGES, is_statistics
 from smalti.data.npz_file import Member, NpzFile, archive_of
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import NetworkIdentity
@@ -29,6 +29,7 @@ from smalti.storage.filesystem import (
     require_space,
     storage_errors,
 )
+from smalti.storage.replacing import replace_file
 
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _FORMAT, _VERSION = "smalti-statistics", 1

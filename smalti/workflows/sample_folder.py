@@ -1,10 +1,10 @@
 """Whose folder it is: one folder holds one set of samples, and `sample.json` says which."""
 
 import contextlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from smalti.data.npz import replace_file
 from smalti.errors import CheckpointError, ConfigError
 from smalti.sampling.record import (
     RECORD,
@@ -16,6 +16,7 @@ from smalti.sampling.record import (
 )
 from smalti.storage.chunks import ChunkStore, Claims
 from smalti.storage.filesystem import FileSystem, make_folders, require_space, storage_errors
+from smalti.storage.replacing import replace_file
 from smalti.workflows.sample import parse_seeds
 from smalti.workflows.sample_request import SampleSettings
 
@@ -45,6 +46,11 @@ def settle(settings: SampleSettings, wanted: SampleRecord, fs: FileSystem) -> Sa
                 raise ConfigError(
                     f"{out} has {foreign[0]}, but no {RECORD} that says what it is; choose another --out, or "
                     "--overwrite it"
+                )
+            elif not settings.overwrite and (others := _others(out)):
+                raise ConfigError(
+                    f"{out} has files of something else, such as {others[0]}; choose another --out, or add --overwrite "
+                    "to draw into it all the same"
                 )
             require_space(fs, out, _bytes_needed(wanted.identity), f"a set of {wanted.identity.count:,} samples")
             open_store(wanted.identity, out, fs).open()
@@ -83,6 +89,11 @@ def _lost_output(out: Path, record: SampleRecord) -> str:
         if output.name == NPZ and (not (out / NPZ).exists() or (out / NPZ).stat().st_size != output.bytes):
             return NPZ
     return next((name for name in png_names(record.identity) if not (out / name).exists()), "")
+
+
+def _others(out: Path) -> list[str]:
+    """What people see in a folder that no set of samples was drawn into."""
+    return sorted(name for name in os.listdir(out) if not name.startswith("."))
 
 
 def _remove_set(out: Path, identity: SampleIdentity, fs: FileSystem) -> None:

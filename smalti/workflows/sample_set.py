@@ -24,7 +24,7 @@ from torch import Tensor
 
 from smalti.config import to_dict
 from smalti.data import to_uint8, to_unit_range
-from smalti.data.npz import replace_file, write_images
+from smalti.data.npz import write_images
 from smalti.errors import ConfigError, NumericError, PreemptedError, StorageError
 from smalti.report.files import write_text
 from smalti.report.images import save_grid
@@ -32,6 +32,7 @@ from smalti.sampling import SAMPLERS
 from smalti.sampling.record import RECORD, OutputFile, SampleRecord, read_record, record_bytes, seeds_text
 from smalti.storage.chunks import ChunkStore, DamagedChunkError
 from smalti.storage.filesystem import FileSystem, LocalFileSystem, storage_errors, write_file
+from smalti.storage.replacing import replace_file
 from smalti.training.stop import StopRequest
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.sample import sample

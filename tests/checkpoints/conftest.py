@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from smalti.checkpoints import LocalFileSystem, process
+from smalti.checkpoints import LocalFileSystem
+from smalti.storage import process
 
 
 class Crash(BaseException):

@@ -5,8 +5,8 @@ from dataclasses import asdict
 import pytest
 
 from smalti.checkpoints import RunLock
-from smalti.checkpoints.process import Process, is_dead
 from smalti.errors import RunLockedError, StorageError
+from smalti.storage.process import Process, is_dead
 
 
 def left_behind(folder, **changes):

@@ -4,11 +4,12 @@ import errno
 import hashlib
 import io
 import os
-import platform
 import subprocess
+import sys
 import tracemalloc
 import warnings
 import zipfile
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from smalti.data.npz import open_npz_images, write_images
 from smalti.errors import DataError, StorageError
 from smalti.storage.filesystem import LocalFileSystem
+from smalti.storage.process import Process
 
 
 def pixels(count=10, rows=6, columns=4, seed=0):
@@ -106,17 +108,19 @@ def test_a_disk_that_refuses_leaves_nothing_and_says_what_was_needed(tmp_path, f
     assert os.listdir(tmp_path) == []
 
 
+WRITER = "from smalti.storage.process import Process; print(Process.current().token, flush=True); input()"
+
+
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    node = platform.node()
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    dead = ended.pid
-    left, living = tmp_path / f".x.npz.{node}-{dead}.tmp", tmp_path / f".x.npz.{node}-{os.getppid()}.tmp"
-    left.write_bytes(b"half")
-    living.write_bytes(b"half")
-    (tmp_path / f".x.npz.{node}-{os.getpid()}.tmp").write_bytes(b"half")
+    with subprocess.Popen([sys.executable, "-c", WRITER], stdin=PIPE, stdout=PIPE, text=True) as other:
+        half = tmp_path / f".x.npz.{other.stdout.readline().strip()}.tmp"
+        half.write_bytes(b"half")
+        (tmp_path / f".x.npz.{Process.current().token}.tmp").write_bytes(b"half")  # our own, from an earlier try
+        write_images(tmp_path / "x.npz", [pixels()], count=10, image_size=(6, 4))
+        assert sorted(os.listdir(tmp_path)) == sorted([half.name, "x.npz"])
+        other.kill()
     write_images(tmp_path / "x.npz", [pixels()], count=10, image_size=(6, 4))
-    assert sorted(os.listdir(tmp_path)) == sorted([living.name, "x.npz"])
+    assert os.listdir(tmp_path) == ["x.npz"]
 
 
 # Reading
