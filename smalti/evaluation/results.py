@@ -1,8 +1,6 @@
 """Results: numbers with their protocol, in files that notice any change."""
 
-import contextlib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,8 @@ from smalti.config import did_you_mean, from_dict, to_dict
 from smalti.errors import CheckpointError, ConfigError, DataError, NumericError
 from smalti.evaluation.metric import GROUPS, T_95, Estimate, Metric, Values, jackknife
 from smalti.evaluation.protocol import Protocol, as_json_has_it
-from smalti.storage.filesystem import FileSystem, LocalFileSystem, make_folders, storage_errors, write_file
+from smalti.storage.filesystem import FileSystem, LocalFileSystem, make_folders, storage_errors
+from smalti.storage.replacing import replace_file
 from smalti.storage.sealed import check_format, seal, smalti_version, unseal
 
 _FORMAT, _VERSION = "smalti result", 1
@@ -151,14 +150,9 @@ def write_result(result: Result, path: Path, fs: FileSystem | None = None) -> No
     fs = fs or LocalFileSystem()
     document = {"format": _FORMAT, "version": _VERSION, "smalti": smalti_version(), **to_dict(result)}
     data = seal(document)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(fs, path.parent, len(data), f"result {path.name}", "make room and run again"):
         make_folders(fs, path.parent)
-        with contextlib.suppress(FileNotFoundError):
-            fs.remove_file(temporary)
-        write_file(fs, temporary, [data])
-        fs.rename(temporary, path)
-        fs.sync_folder(path.parent)
+        replace_file(fs, path, [data])
 
 
 def read_result(path: Path) -> Result:
