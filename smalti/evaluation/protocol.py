@@ -17,6 +17,7 @@ from smalti.sampling import SAMPLERS, SamplingConfig
 UNKNOWN = "unknown"
 SHOWN = 12  # digits of a digest that people see
 _GROUPS = ("sampling", "network", "reference")
+_DRAWN = ("class_labels", "sampling", "ema", "precision", "inference", "decoder")  # facts of a model's images
 _ABSENT = object()
 
 
@@ -69,9 +70,11 @@ class Protocol:
         reference: None where it is unknown or where no metric has one.
         metrics: one rule a metric.
         smalti: version of the code, `smalti.__version__`.
+        real: these are real images, of a data set. How images are drawn, from class_labels to decoder, does not apply
+            to them and keeps them apart from no other images: the distance between both is what metrics are for.
 
     Raises:
-        ConfigError: two rules of one name, or a setting that JSON cannot hold.
+        ConfigError: two rules of one name, a setting that JSON cannot hold, or real images that were drawn.
     """
 
     count: int | None = None
@@ -86,11 +89,16 @@ class Protocol:
     reference: Reference | None = None
     metrics: tuple[MetricRule, ...] = ()
     smalti: str | None = None
+    real: bool = False
 
     def __post_init__(self) -> None:
         names = [rule.name for rule in self.metrics]
         if len(set(names)) < len(names):
             raise ConfigError(f"a protocol has one rule for each metric, got {', '.join(names)}")
+        if self.real and (drawn := [name for name in _DRAWN if getattr(self, name) is not None]):
+            raise ConfigError(
+                f"real images were not drawn, and these have {', '.join(drawn)}; leave one or the other out"
+            )
         object.__setattr__(self, "sampling", as_json_has_it(self.sampling, "sampling"))
 
     @property
@@ -108,6 +116,8 @@ class Protocol:
         found: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "real" or (self.real and field.name in _DRAWN):
+                continue
             if field.name == "metrics":
                 found |= {f"metrics.{rule.name}": rule.definition for rule in rules}
             elif field.name == "reference" and not any(rule.uses_reference for rule in rules):
@@ -121,7 +131,10 @@ class Protocol:
         return found
 
     def column_digest(self, metric: str) -> str:
-        """SHA-256 of what bears on one metric: equal for numbers that may stand in one column, if all is known."""
+        """SHA-256 of what bears on one metric: equal for numbers that may stand in one column, if all is known.
+
+        Real images have another one than drawn images, in whose column they may stand.
+        """
         return _digest(self.parts(metric))
 
     def _rule(self, metric: str) -> MetricRule:
@@ -160,7 +173,8 @@ class Difference:
 def unequal(a: Protocol, b: Protocol, metric: str | None = None) -> list[Difference]:
     """Where two protocols are not known to agree, in what bears on one metric, or in everything.
 
-    An unknown part equals nothing, not even another unknown one.
+    An unknown part equals nothing, not even another unknown one. Beside real images, it does not matter how the others
+    were drawn.
 
     Raises:
         ConfigError: one of the two has no such metric.
@@ -169,6 +183,8 @@ def unequal(a: Protocol, b: Protocol, metric: str | None = None) -> list[Differe
     found = []
     for name in dict.fromkeys([*ours, *theirs]):
         group = name.partition(".")[0]
+        if group in _DRAWN and (a.real or b.real):
+            continue
         # One side knows nothing of the group: that is said once, for the group.
         if name != group and (group in ours or group in theirs):
             continue
@@ -198,7 +214,7 @@ def check_allowed(allow: Iterable[str]) -> None:
         "network": [field.name for field in dataclasses.fields(NetworkIdentity)],
         "reference": [field.name for field in dataclasses.fields(Reference) if field.name != "name"],
     }
-    known = [UNKNOWN, *(field.name for field in dataclasses.fields(Protocol))]
+    known = [UNKNOWN, *(field.name for field in dataclasses.fields(Protocol) if field.name != "real")]
     known += [spelling for group, names in inside.items() for n in names for spelling in (n, f"{group}.{n}")]
     for name in allow:
         if name not in known and not name.startswith("metrics."):

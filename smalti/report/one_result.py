@@ -77,8 +77,9 @@ def _protocol_lines(p: Protocol) -> list[str]:
         f"class labels {told(p.class_labels)}, weights {weights}, precision {told(p.precision)}, "
         f"inference {told(p.inference)}, decoder {told(p.decoder)}"
     )
-    parts = {"images": f"{count} of {size}, {drawn}"}
-    parts["sampling"] = ", ".join(f"{k} {told(v)}" for k, v in p.sampling.items()) if p.sampling else UNKNOWN
+    parts = {"images": f"{count} of {size}, {'real images of a data set' if p.real else drawn}"}
+    if not p.real:
+        parts["sampling"] = ", ".join(f"{k} {told(v)}" for k, v in p.sampling.items()) if p.sampling else UNKNOWN
     net = p.network
     parts["features"] = f"{net.name} {net.weights[:SHOWN]} ({net.resize}; {net.numerics})" if net else UNKNOWN
     if any(rule.uses_reference for rule in p.metrics):

@@ -25,7 +25,7 @@ class Column:
 
     Attributes:
         label: of the number; two columns never share it.
-        best: name of the row that is better than every other by more than their intervals, or "".
+        best: name of the row that is better than every other by more than their intervals, real images aside, or "".
     """
 
     label: str

@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from smalti.config import did_you_mean, to_dict
 from smalti.errors import ConfigError, DataError
-from smalti.evaluation.metric import Estimate
 from smalti.evaluation.protocol import UNKNOWN, Difference, check_allowed, unequal
 from smalti.evaluation.results import FloorValue, Number, Result, difference, read_result
 from smalti.presets.published import PublishedResult, published
@@ -24,13 +23,16 @@ from smalti.report.quality import (
     as_markdown,
     as_text,
     quality_page,
-    with_error,
 )
+from smalti.workflows.compare_pairs import Pair, how_found, sentence
 from smalti.workflows.compare_published import quoted_labels, quoted_notes, quoted_row
 
 ENDINGS = (".md", ".html", ".json", ".txt")
 _FOLDER = "evaluation"  # of a run, for its results
 _ALL_PAIRS = 3  # rows up to which every pair gets a sentence
+_SPELLED = 2  # differences that a refusal tells with their values
+
+_Refused = tuple[str, Difference, tuple[str, str]]  # column label, what differs, names of both rows
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,6 @@ class Entry:
     name: str
     path: Path
     result: Result
-
-
-@dataclass(frozen=True)
-class Pair:
-    """How far apart two rows are in one column; `gap` is None where one of them has no error.
-
-    Attributes:
-        better: of the two, the name of the better one; "" where the gap is within its uncertainty or unknown.
-        rule: where the error of the gap comes from: the gap without each group of images, which takes out what rows
-            of the same seeds share; or both errors, added as independent; "" where there is none.
-    """
-
-    label: str
-    first: str
-    second: str
-    gap: Estimate | None
-    better: str
-    rule: Literal["groups", "independent", ""]
 
 
 @dataclass(frozen=True)
@@ -104,7 +88,7 @@ def compare(
         rows=[Row(entry.name, _by_label(entry)) for entry in entries],
         clean=_clean_rows(entries),
         statements=list(_statements(entries, pairs, labels)),
-        notes=[*_cautions(entries), *_footnotes(entries, waived)],
+        notes=[*_of_real(entries), *_cautions(entries), *_footnotes(entries, waived)],
         quoted_labels=quoted_labels(quoted),
         quoted=[quoted_row(row) for row in quoted],
         quoted_notes=list(quoted_notes(quoted)),
@@ -159,7 +143,7 @@ def as_json(comparison: Comparison) -> str:
             {"name": row.name, "floors": {label: dataclasses.asdict(f) for label, f in row.floors.items()}}
             for row in table.clean
         ],
-        "pairs": [dataclasses.asdict(pair) for pair in comparison.pairs],
+        "pairs": [dataclasses.asdict(pair) | {"rule": pair.rule} for pair in comparison.pairs],
         "waived": [
             {"label": label, "part": d.name, "values": [d.here, d.there], "files": list(files)}
             for label, d, files in comparison.waived
@@ -216,31 +200,41 @@ def _waived(
 
     Every pair is looked at: next to an unknown part, two known ones that differ would both be waived as unknown.
     """
-    refused: list[tuple[str, Difference, tuple[str, str]]] = []
+    refused: list[_Refused] = []
     for label in labels:
         for (one, number), (other, theirs) in itertools.combinations(_holders(entries, label), 2):
             if theirs.metric != number.metric:
                 raise DataError(f"{one.path} and {other.path} call two metrics {label}; one of them is not of smalti")
-            files = (str(one.path), str(other.path))
             for found in unequal(one.result.protocol, other.result.protocol, number.metric):
                 if found.allowed_by(allow):
-                    yield label, found, files
+                    yield label, found, (str(one.path), str(other.path))
                 else:
-                    refused.append((label, found, files))
+                    refused.append((label, found, (one.name, other.name)))
     if refused:
         raise ConfigError(_refusal(refused, allow))
 
 
-def _refusal(refused: Sequence[tuple[str, Difference, tuple[str, str]]], allow: Sequence[str]) -> str:
+def _refusal(refused: Sequence[_Refused], allow: Sequence[str]) -> str:
+    """What differs, and in whose rows; unknown parts by the rows that do not know them."""
     labels = ", ".join(dict.fromkeys(label for label, _, _ in refused))
-    parts = {found.name: (found, files) for _, found, files in reversed(refused)}
-    first = list(dict.fromkeys(found.name for _, found, _ in refused))
-    said = "; ".join(parts[name][0].between(*(f"in {file}" for file in parts[name][1])) for name in first[:2])
-    more = f"; and {len(first) - 2} more: {', '.join(first[2:])}" if len(first) > 2 else ""
-    unknown = all(UNKNOWN in (found.here, found.there) for _, found, _ in refused)
-    waive = ",".join([*allow, *([UNKNOWN] if unknown else first)])
+    differ: dict[str, str] = {}
+    unknown: dict[str, dict[str, None]] = {}  # part -> rows
+    for _, found, rows in refused:
+        without = [row for row, value in zip(rows, (found.here, found.there), strict=True) if value == UNKNOWN]
+        if without:
+            unknown.setdefault(found.name, {}).update(dict.fromkeys(without))
+        else:
+            differ.setdefault(found.name, found.between(*(f"in {row}" for row in rows)))
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for part, known_not in unknown.items():
+        alike.setdefault(tuple(known_not), []).append(part)
+    said = list(differ.values())[:_SPELLED]
+    if more := list(differ)[_SPELLED:]:
+        said.append(f"and {len(more)} more: {', '.join(more)}")
+    said += [f"{', '.join(parts)}: {UNKNOWN} in {', '.join(rows)}" for rows, parts in alike.items()]
+    waive = ",".join(dict.fromkeys([*allow, *differ, *([UNKNOWN] if unknown else [])]))
     return (
-        f"{labels} of these results cannot stand in one column: {said}{more}. Measure them alike, or say what may "
+        f"{labels} of these results cannot stand in one column: {'; '.join(said)}. Measure them alike, or say what may "
         f"differ, for a footnote: --allow {waive}"
     )
 
@@ -268,7 +262,8 @@ def _rank(entry: Entry, label: str) -> tuple[bool, float]:
 def _column(entries: Sequence[Entry], label: str) -> Column:
     holders = _holders(entries, label)
     better = holders[0][1].better
-    order = sorted(holders, key=lambda held: _rank(held[0], label))
+    drawn = [held for held in holders if not held[0].result.protocol.real]
+    order = sorted(drawn, key=lambda held: _rank(held[0], label))
     best = ""
     if len(order) > 1 and all(_clear(order[0][1], number) for _, number in order[1:]):
         best = order[0][0].name
@@ -289,8 +284,7 @@ def _pairs(entries: Sequence[Entry], label: str) -> Iterator[Pair]:
         counts = one.result.protocol.count, other.result.protocol.count
         gap = difference(a.estimate, b.estimate, same_groups=counts[0] is not None and counts[0] == counts[1])
         told_apart = gap is not None and gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
-        rule: Literal["groups", "independent", ""] = "" if gap is None else "groups" if gap.without else "independent"
-        yield Pair(label, one.name, other.name, gap, one.name if told_apart else "", rule)
+        yield Pair(label, one.name, other.name, gap, one.name if told_apart else "")
 
 
 def _statements(entries: Sequence[Entry], pairs: Sequence[Pair], labels: Iterable[str]) -> Iterator[str]:
@@ -301,32 +295,13 @@ def _statements(entries: Sequence[Entry], pairs: Sequence[Pair], labels: Iterabl
         neighbours = set(itertools.pairwise(order))
         for pair in pairs:
             if pair.label == label and (len(order) <= _ALL_PAIRS or (pair.first, pair.second) in neighbours):
-                yield _sentence(pair)
+                yield sentence(pair)
         if len(order) > 1:
             metric = holders[0][1].metric
             common |= any(r.uses_reference for r in holders[0][0].result.protocol.metrics if r.name == metric)
-    rules = [pair.rule for pair in pairs if pair.rule]
-    if "groups" in rules:
-        yield (
-            "The error of a difference is found from the difference itself, without each tenth of both rows in turn: "
-            "what rows of the same seeds share, noise and labels, cancels."
-        )
-    if "independent" in rules:
-        where = " where their counts differ, or a file has no values without each tenth" if "groups" in rules else ""
-        yield f"A difference adds the errors of both rows as independent{where}."
-    if rules and common:
-        yield "The reference is common to all rows: what its choice of images adds is in no error."
+    yield from how_found(pairs, common)
     if len(entries) > _ALL_PAIRS:
         yield "Only neighbours in the order of each column are told here; all pairs are in the JSON."
-
-
-def _sentence(pair: Pair) -> str:
-    if pair.gap is None or pair.gap.high is None:
-        return f"{pair.label}: {pair.first} and {pair.second} cannot be told apart without errors of both."
-    value, reach = with_error(abs(pair.gap.value), pair.gap.high - pair.gap.value)
-    if pair.better:
-        return f"{pair.label}: {pair.first} is better than {pair.second} by {value} ± {reach}."
-    return f"{pair.label}: {pair.first} and {pair.second} differ by {value} ± {reach}, which is within the uncertainty."
 
 
 def _clean_rows(entries: Sequence[Entry]) -> list[CleanRow]:
@@ -365,13 +340,25 @@ def _cautions(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _footnotes(entries: Sequence[Entry], waived: Iterable[tuple[str, Difference, tuple[str, str]]]) -> Iterator[str]:
-    """One a part that was allowed to differ: where, and what each row has."""
+    """What was allowed to differ, and what each row has: one for all parts that differ in the same columns."""
     names = {str(entry.path): entry.name for entry in entries}
     columns: dict[str, dict[str, None]] = {}
     values: dict[str, dict[str, str]] = {}
     for label, found, (here, there) in waived:
         columns.setdefault(found.name, {})[label] = None
         values.setdefault(found.name, {}).update({names[here]: found.here, names[there]: found.there})
+    together: dict[tuple[str, ...], list[str]] = {}
     for part, labels in columns.items():
-        each = ", ".join(f"{value} ({name})" for name, value in values[part].items())
-        yield f"Not alike in {', '.join(labels)}, as allowed: {part} is {each}."
+        rows: dict[str, list[str]] = {}
+        for name, value in values[part].items():
+            rows.setdefault(value, []).append(name)
+        each = ", ".join(f"{value} ({', '.join(having)})" for value, having in rows.items())
+        together.setdefault(tuple(labels), []).append(f"{part} is {each}")
+    for where, parts in together.items():
+        yield f"Not alike in {', '.join(where)}, as allowed: {'; '.join(parts)}."
+
+
+def _of_real(entries: Sequence[Entry]) -> Iterator[str]:
+    real = [entry.name for entry in entries if entry.result.protocol.real]
+    if real and len(real) < len(entries):
+        yield f"{', '.join(real)}: real images of a data set, which nothing drew; no mark counts them."

@@ -89,7 +89,7 @@ def test_each_part_that_differs_is_named_once_with_both_values(changes, said):
 
 def test_every_field_bears_on_the_digest_and_is_compared():
     """A new field cannot be forgotten: as unknown it must be told as a difference."""
-    names = {field.name for field in dataclasses.fields(Protocol)} - {"metrics"}
+    names = {field.name for field in dataclasses.fields(Protocol)} - {"metrics", "real"}
     assert names == set(WHOLE) - {"metrics"}
     for name in names:
         b = protocol(**{name: None})
@@ -130,6 +130,27 @@ def test_unknown_equals_nothing_not_even_unknown(name):
     assert found.there != "unknown"
     assert found.allowed_by([name])
     assert not found.allowed_by(["guidance_scale"])
+
+
+DRAWN = ("class_labels", "sampling", "ema", "precision", "inference", "decoder")
+
+
+def test_real_images_are_kept_apart_by_nothing_about_drawing_and_by_everything_else():
+    real = protocol(**dict.fromkeys(DRAWN), real=True)
+    unknown = protocol(**dict.fromkeys(DRAWN))
+    for drawn in (protocol(), unknown, real):
+        assert unequal(real, drawn) == unequal(drawn, real) == []
+    assert len({real.digest, unknown.digest, protocol().digest}) == 3
+    for name in set(WHOLE) - set(DRAWN) - {"metrics"}:
+        assert [d.name for d in unequal(real, protocol(**{name: None}), "fid")] == [name]
+    assert from_dict(Protocol, to_dict(real)) == real
+    assert from_dict(Protocol, {k: v for k, v in to_dict(unknown).items() if k != "real"}) == unknown
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_images_that_were_drawn_are_not_called_real(name):
+    with pytest.raises(ConfigError, match=f"real images were not drawn, and these have {name}"):
+        protocol(**dict.fromkeys(set(DRAWN) - {name}), real=True)
 
 
 def test_an_unknown_setting_inside_a_group_is_said_alone():

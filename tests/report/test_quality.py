@@ -97,6 +97,14 @@ def test_what_is_not_known_of_a_result_is_told_as_unknown():
     assert "reference" not in render_result(alone)
 
 
+def test_real_images_are_told_as_such_and_nothing_is_said_of_how_they_were_drawn():
+    drawn = ("class_labels", "sampling", "ema", "precision", "inference", "decoder")
+    text = render_result(made_up("emoji32", [number("fid", 9.0, 0.1)], **dict.fromkeys(drawn), real=True))
+    assert "images: 5,000 of 32 x 32, real images of a data set" in text
+    assert "unknown" not in text
+    assert "sampling" not in text
+
+
 def test_numbers_of_one_result_meet_at_their_signs():
     numbers = [number("fid", 1236.4, 21.2, floor=458.0), number("recall", 0.0812, 0.017, floor=0.81071)]
     lines = render_result(made_up("dit", numbers)).splitlines()[2:4]

@@ -109,7 +109,7 @@ def test_two_protocols_are_refused_in_one_line_that_names_the_difference_and_the
         compare([a, b])
     said = str(caught.value)
     assert "\n" not in said
-    assert re.search(r"sampling.guidance_scale: 1.5 in \S*a/evaluation/quality.json, 4.0 in \S*b/evaluation", said)
+    assert "sampling.guidance_scale: 1.5 in a, 4.0 in b. " in said
     assert said.endswith("--allow sampling.guidance_scale")
     assert "FID of these results cannot stand in one column" in said
 
@@ -117,20 +117,61 @@ def test_two_protocols_are_refused_in_one_line_that_names_the_difference_and_the
 def test_what_the_refusal_says_to_allow_is_enough(write):
     changes = {"ema": False, "precision": "bf16", "decoder": None, "reference": Reference("faces", "c" * 64, 10)}
     paths = [write("a"), write("b", **changes)]
-    with pytest.raises(ConfigError, match="and 3 more: ") as caught:
+    with pytest.raises(
+        ConfigError, match=r"; and 2 more: reference.digest, reference.count; decoder: unknown in b\."
+    ) as caught:
         compare(paths)
     allow = str(caught.value).rpartition("--allow ")[2].split(",")
+    assert allow[-1] == "unknown"
     with pytest.raises(ConfigError, match=r"--allow ema,precision,"):  # what was allowed already is not forgotten
         compare(paths, allow=["ema"])
-    notes = [note for note in compare(paths, allow=allow).table.notes if "as allowed" in note]
-    assert len(notes) == 5
-    assert "Not alike in FID, as allowed: ema is yes (a), no (b)." in notes
-    assert "Not alike in FID, as allowed: decoder is pixels (a), unknown (b)." in notes
+    (note,) = [note for note in compare(paths, allow=allow).table.notes if "as allowed" in note]
+    assert note.startswith("Not alike in FID, as allowed: ema is yes (a), no (b); precision is fp32 (a), bf16 (b); ")
+    assert "; decoder is pixels (a), unknown (b); " in note
+    assert len(note.split("; ")) == 5
+
+
+def test_what_differs_in_some_columns_only_has_a_footnote_of_its_own_and_rows_alike_stand_together(write):
+    numbers = [number("fid", 9.0, 0.1), number("inception_score", 9.0, 0.1)]
+    other = {"ema": False, "reference": Reference("faces", "c" * 64, 1906)}
+    paths = [write("a", *numbers), write("b", *numbers, **other), write("c", *numbers, **other)]
+    notes = compare(paths, allow=["ema", "reference"]).table.notes
+    assert notes == [
+        "Not alike in FID, IS, as allowed: ema is yes (a), no (b, c).",
+        "Not alike in FID, as allowed: reference.digest is bbbbbbbbbbbb (a), cccccccccccc (b, c).",
+    ]
+
+
+DRAWN = ("class_labels", "sampling", "ema", "precision", "inference", "decoder")
+
+
+def test_images_of_unknown_origin_are_refused_in_a_few_words(write):
+    a, b = write("a"), write("png", **dict.fromkeys(DRAWN))
+    with pytest.raises(ConfigError) as caught:
+        compare([a, b])
+    assert str(caught.value) == (
+        "FID of these results cannot stand in one column: class_labels, ema, precision, inference, decoder, sampling: "
+        "unknown in png. Measure them alike, or say what may differ, for a footnote: --allow unknown"
+    )
+
+
+def test_real_images_stand_beside_models_without_asking_and_without_the_mark(write):
+    real = write("held-out", number("fid", 2.0, 0.1), **dict.fromkeys(DRAWN), real=True)
+    models = [write("a", number("fid", 10.0, 0.1)), write("b", number("fid", 20.0, 0.1))]
+    found = compare([*models, real])
+    assert names(found) == ["held-out", "a", "b"]
+    assert found.waived == ()
+    assert found.table.columns[0].best == "a"
+    assert "FID: held-out is better than a by 8.00 ± 0.32." in found.table.statements
+    assert found.table.notes == ["held-out: real images of a data set, which nothing drew; no mark counts them."]
+    with pytest.raises(ConfigError, match="count: 5000 in a, 10 in few"):
+        compare([*models, write("few", **dict.fromkeys(DRAWN), real=True, count=10)])
+    assert compare([real]).table.notes == []
 
 
 def test_unknown_parts_stand_alone_unless_waived_and_hide_no_known_difference(write):
     a, b = write("a", ema=None), write("b", ema=None)
-    with pytest.raises(ConfigError, match=r"ema: unknown in .*--allow unknown$"):
+    with pytest.raises(ConfigError, match=r"ema: unknown in a, b\. .*--allow unknown$"):
         compare([a, b])
     assert names(compare([a, b], allow=["unknown"])) == ["a", "b"]
     others = [write("c", ema=True), write("d", ema=False)]
