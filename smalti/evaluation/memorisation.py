@@ -57,7 +57,7 @@ class Memorisation:
     """The report.
 
     Attributes:
-        unit: what distances are counted in: a kind of features, or RMS grey levels.
+        unit: what distances are counted in: a kind of features.
         compared_with: `held-out` real images, or `training` images with their nearest other training image, which
             stands in where nothing was held out.
         median, real_median: of the distances to the nearest training image.
@@ -94,33 +94,37 @@ def memorisation(
     Raises:
         DataError: no such features, features of two widths, or too few images.
     """
-    return _report(
-        ours.rows(kind),
-        training.rows(kind),
-        None if held_out is None else held_out.rows(kind),
-        f"{kind} features",
-        keep,
+    if keep < 0:
+        raise ConfigError(f"keep is {keep}; give 0 or more pairs to name")
+    rows, seen = ours.rows(kind), training.rows(kind)
+    mine, indices = nearest(rows, seen)
+    compared_with: Literal["held-out", "training"] = "training" if held_out is None else "held-out"
+    if held_out is None:
+        real, _ = nearest(seen, seen, same=True)
+    else:
+        real, _ = nearest(held_out.rows(kind), seen)
+    shares = tuple(_share(mine, real, quantile) for quantile in QUANTILES)
+    closest = mine.topk(min(keep, len(mine)), largest=False).indices.tolist()
+    return Memorisation(
+        unit=f"{kind} features",
+        count=len(rows),
+        training_count=len(seen),
+        compared_with=compared_with,
+        compared_count=len(real),
+        median=mine.median().item(),
+        real_median=real.median().item(),
+        shares=shares,
+        nearest=tuple(Pair(i, int(indices[i]), mine[i].item()) for i in closest),
+        verdict=_verdict(shares, compared_with),
     )
-
-
-def memorisation_in_pixels(
-    ours: Tensor, training: Tensor, held_out: Tensor | None = None, keep: int = 8
-) -> Memorisation:
-    """The report in pixel space, for small images: 8-bit (N, 3, H, W), distances in RMS grey levels.
-
-    Blind to a copy that is shifted or recoloured; feature space is there for those.
-
-    Raises:
-        DataError: images that are not 8-bit RGB, of two sizes, or too few.
-    """
-    mine, real = _flat(ours), None if held_out is None else _flat(held_out)
-    return _report(mine, _flat(training), real, "RMS grey levels", keep, math.sqrt(max(1, mine.shape[1])))
 
 
 def pixel_distances(
     images: Tensor, training: Tensor, *, same: bool = False
 ) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
     """RMS difference in grey levels (0 to 255) of each image to its nearest training image, and which that is.
+
+    Blind to a copy that is shifted or recoloured; features are there for those.
 
     Args:
         images, training: uint8 (N, 3, H, W) and (M, 3, H, W).
@@ -137,31 +141,6 @@ def _flat(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise DataError(f"expected 8-bit RGB images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     return images.flatten(1)
-
-
-def _report(
-    ours: Tensor, training: Tensor, held_out: Tensor | None, unit: str, keep: int, scale: float = 1.0
-) -> Memorisation:
-    if keep < 0:
-        raise ConfigError(f"keep is {keep}; give 0 or more pairs to name")
-    mine, indices = nearest(ours, training)
-    compared_with: Literal["held-out", "training"] = "training" if held_out is None else "held-out"
-    real, _ = nearest(training, training, same=True) if held_out is None else nearest(held_out, training)
-    mine, real = mine / scale, real / scale
-    shares = tuple(_share(mine, real, quantile) for quantile in QUANTILES)
-    closest = mine.topk(min(keep, len(mine)), largest=False).indices.tolist()
-    return Memorisation(
-        unit=unit,
-        count=len(ours),
-        training_count=len(training),
-        compared_with=compared_with,
-        compared_count=len(real),
-        median=mine.median().item(),
-        real_median=real.median().item(),
-        shares=shares,
-        nearest=tuple(Pair(i, int(indices[i]), mine[i].item()) for i in closest),
-        verdict=_verdict(shares, compared_with),
-    )
 
 
 def _share(mine: Tensor, real: Tensor, quantile: float) -> Share:

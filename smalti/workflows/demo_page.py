@@ -14,8 +14,9 @@ from torch import Tensor
 from smalti import __version__
 from smalti.config import to_dict
 from smalti.cost.macs import count_macs, count_parameters
-from smalti.data import load_image_set, split
+from smalti.data import load_image_set, split, to_uint8
 from smalti.data.pixels import read_images
+from smalti.evaluation.memorisation import pixel_distances
 from smalti.models import config_of
 from smalti.report.images import data_url, first_of_rows, save_grid
 from smalti.report.page import ComparisonPage, Nearness, NetworkRun, Snapshot
@@ -124,8 +125,9 @@ def _network(
     minutes = sum(config.log_every * config.batch_size / speed for speed in speeds) / 60
     model = config_of(result.model)
     samples = _samples(config, result, class_names)
-    distances, nearest = nearest_images(samples, train_images)
-    held_out_distances, _ = nearest_images(held_out, train_images)
+    seen = to_uint8(train_images)
+    distances, nearest = pixel_distances(to_uint8(samples), seen)
+    held_out_distances, _ = pixel_distances(to_uint8(held_out), seen)
     nearness = Nearness(
         samples=distances.median().item(),
         held_out=held_out_distances.median().item(),
@@ -184,13 +186,6 @@ def _samples(config: RunConfig, result: TrainResult, class_names: Sequence[str])
         samples = torch.cat([batch.images for batch in batches])
     save_grid(samples, config.out / "samples" / "classes.png", columns=SAMPLES_PER_CLASS)
     return samples
-
-
-def nearest_images(images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Root mean square distance per pixel in grey levels to the nearest of the others, and which one it is."""
-    a, b = images.clamp(-1, 1).flatten(1), others.flatten(1)
-    distances, indices = torch.cdist(a, b).min(dim=1)
-    return distances / a.shape[1] ** 0.5 * 127.5, indices
 
 
 def _snapshots(config: RunConfig, width: int) -> list[Snapshot]:

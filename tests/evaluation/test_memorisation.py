@@ -7,7 +7,7 @@ import torch
 
 from smalti.errors import DataError
 from smalti.evaluation.features import FeatureSet
-from smalti.evaluation.memorisation import binomial_interval, memorisation, memorisation_in_pixels, pixel_distances
+from smalti.evaluation.memorisation import binomial_interval, memorisation, pixel_distances
 
 
 def _set(count, seed):
@@ -73,14 +73,6 @@ def test_pixel_distances_are_rms_grey_levels():
     flat = training.flatten(1).double()
     plain = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     torch.testing.assert_close(among, plain.min(dim=1).values / 60**0.5, rtol=1e-12, atol=0)
-
-
-def test_the_report_in_pixels_finds_near_copies():
-    training = _images(300, 1)
-    ours = (training[:30] // 2) * 2
-    found = memorisation_in_pixels(ours, training, _images(200, 3), keep=1)
-    assert found.verdict.startswith("Nearer to training images")
-    assert found.median < 1
 
 
 @pytest.mark.parametrize("bad", [_images(4, 1).float(), _images(4, 1)[:, :2], _images(4, 1)[..., :3]])

@@ -7,7 +7,6 @@ import signal
 from dataclasses import replace
 
 import pytest
-import torch
 from tiny_runs import tiny_config, write_set
 
 import smalti.workflows.train as workflow
@@ -168,15 +167,3 @@ def test_steps_and_precision_are_chosen_for_the_budget(tmp_path, monkeypatch, mi
         assert 1 <= config.validate_every <= steps
         assert 1 <= config.sample_every <= steps
         assert 1 <= config.checkpoint_every <= steps
-
-
-def test_nearest_images_are_the_ones_that_a_loop_finds():
-    rng = torch.Generator().manual_seed(0)
-    images, others = torch.rand(5, 3, 4, 4, generator=rng) * 2 - 1, torch.rand(7, 3, 4, 4, generator=rng) * 2 - 1
-    distances, indices = demo_page.nearest_images(images, others)
-    for k, image in enumerate(images):
-        far = [((image - other).double() * 127.5).square().mean().sqrt().item() for other in others]
-        assert indices[k] == min(range(7), key=far.__getitem__)
-        assert distances[k].item() == pytest.approx(min(far), rel=1e-4)
-    same, _ = demo_page.nearest_images(others, others)
-    assert same.max().item() < 0.1  # grey levels, by the rounding of a distance near 0
