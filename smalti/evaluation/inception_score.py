@@ -41,20 +41,6 @@ def inception_score(logits: Float[Tensor, "N K"], *, split_size: int = SPLIT) ->
     return sum(scores) / len(scores)
 
 
-def inception_score_from_probabilities(probabilities: Float[Tensor, "N K"], *, split_size: int = SPLIT) -> float:
-    """The same from probabilities, each row a distribution; a probability of 0 adds nothing.
-
-    Raises:
-        ConfigError: `split_size` is below 1.
-        DataError: there is no image, or a row is no distribution.
-    """
-    sums = probabilities.double().sum(dim=1)
-    if not ((probabilities >= 0).all() and (sums - 1).abs().le(1e-3).all()):  # so put, NaN is refused too
-        raise DataError("each row of probabilities must be at least 0 and sum to 1; give the softmax of the logits")
-    tiny = torch.finfo(torch.float64).tiny
-    return inception_score(probabilities.double().clamp_min(tiny).log(), split_size=split_size)
-
-
 def _family(ours: FeatureSet, reference: FeatureSet | None, groups: Tensor | None) -> Mapping[str, Values]:
     logits = ours.rows("logits")
     without = () if groups is None else _without_each(logits, groups)

@@ -9,12 +9,7 @@ from safetensors.torch import load_file
 
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import FeatureSet
-from smalti.evaluation.inception_score import (
-    INCEPTION_SCORE,
-    SPLIT,
-    inception_score,
-    inception_score_from_probabilities,
-)
+from smalti.evaluation.inception_score import INCEPTION_SCORE, SPLIT, inception_score
 from smalti.evaluation.metric import GROUPS, group_of_each
 
 GOLDEN = Path(__file__).parents[1] / "data" / "parity"
@@ -28,13 +23,10 @@ def test_the_score_is_that_of_the_suite(case):
     logits = TENSORS[f"{case}.input.pool_features"] @ TENSORS["input.weight"]
     stated, split_size = float(TENSORS[f"{case}.output.inception_score"]), CASES[case]["split_size"]
     assert inception_score(logits, split_size=split_size) == pytest.approx(stated, rel=2e-5)  # the suite's is float32
-    from_probabilities = inception_score_from_probabilities(logits.softmax(dim=1), split_size=split_size)
-    assert from_probabilities == pytest.approx(stated, rel=2e-5)
 
 
 def test_sure_and_even_answers_score_the_number_of_classes_and_equal_answers_score_one():
     assert inception_score(1000.0 * torch.eye(7)) == pytest.approx(7, rel=1e-12)
-    assert inception_score_from_probabilities(torch.eye(7)) == pytest.approx(7, rel=1e-12)
     assert inception_score(torch.randn(1, 7).expand(30, 7)) == pytest.approx(1, rel=1e-12)
 
 
@@ -83,9 +75,6 @@ def test_a_split_that_is_not_full_is_named():
     [
         (lambda: inception_score(torch.zeros(3, 4), split_size=0), ConfigError, "split_size 0"),
         (lambda: inception_score(torch.zeros(0, 4)), DataError, "give some"),
-        (lambda: inception_score_from_probabilities(torch.zeros(3, 4)), DataError, "sum to 1"),
-        (lambda: inception_score_from_probabilities(torch.full((3, 4), torch.nan)), DataError, "sum to 1"),
-        (lambda: inception_score_from_probabilities(torch.tensor([[1.5, -0.5]])), DataError, "at least 0"),
     ],
 )
 def test_what_has_no_score_gets_one_line(call, error, says):
