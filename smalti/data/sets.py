@@ -48,7 +48,7 @@ def load_image_set(
         ConfigError: the image size is not positive.
         DataError: the set was not built, or the folder is missing, empty or holds files that cannot be used.
     """
-    size = _size_of(image_size)
+    size = rows_and_columns(image_size)
     if spec == "emoji32":
         return _resized(load_packed(_SHIPPED), size)
     if spec == "emoji64":
@@ -65,7 +65,12 @@ def load_image_set(
     return load_folder(folder, size, allow_empty=allow_empty, skip_unreadable=skip_unreadable, progress=progress)
 
 
-def _size_of(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def rows_and_columns(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """An image size as users give it, a side or (rows, columns); None stays None.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
     if image_size is None:
         return None
     rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size

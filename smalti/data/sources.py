@@ -23,7 +23,7 @@ from smalti.data.image_set import ImageSet
 from smalti.data.npz import IMAGES, open_npz_images
 from smalti.data.order import split
 from smalti.data.originals import SAMPLES, cropped, is_sampled, open_originals, sample_names
-from smalti.data.sets import BUILT_IN, load_image_set
+from smalti.data.sets import BUILT_IN, load_image_set, rows_and_columns
 from smalti.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation")
@@ -133,7 +133,7 @@ def open_images(
         DataError: there is nothing of that name, no image in it, or images that cannot be measured as they are.
     """
     name = str(spec)
-    size = _size_of(image_size)
+    size = rows_and_columns(image_size)
     path, _, part = (name, "", "") if "#" not in name or Path(name).exists() else name.rpartition("#")
     if path not in BUILT_IN and Path(path).is_file():
         source = _open_file(Path(path), part)
@@ -143,15 +143,6 @@ def open_images(
         return source
     notes = (*source.notes, cropped(source.count, source.count, size))
     return ImageSource(source.name, size, source.class_labels, notes, source._reader, source._chosen)
-
-
-def _size_of(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if image_size is None:
-        return None
-    rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(rows, columns) < 1:
-        raise ConfigError(f"image size {image_size} is not positive; give the rows and columns in pixels")
-    return rows, columns
 
 
 def _open_file(path: Path, key: str, *, name: str = "") -> ImageSource:
