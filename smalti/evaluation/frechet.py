@@ -100,7 +100,7 @@ def distances_of_unions(
     target = Target.of(reference)
     ordered = list(map(frozenset, unions))
     merged: dict[frozenset[int], Moments] = {}
-    distances = []
+    distances: list[float] = []
     for place, union in enumerate(ordered):
         # Taking a group away is less work than putting nine together, which takes as long as the distance itself.
         larger = next((known for known in merged if _one_more(known, union)), None)

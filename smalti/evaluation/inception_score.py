@@ -48,25 +48,23 @@ def _family(ours: FeatureSet, reference: FeatureSet | None, groups: Tensor | Non
 
 
 def _without_each(logits: Float[Tensor, "N K"], groups: Int[Tensor, "N"]) -> tuple[float, ...]:
-    """The scores without each group in turn, from one pass over the images, as mean(p log p) - mean p log mean p."""
-    rest = groups != torch.arange(GROUPS)[:, None]  # (10, N)
-    split = (rest.cumsum(dim=1) - 1) // SPLIT  # of the images that are left, by position among them
-    splits = int(split.max()) + 1
-    counts, own = torch.zeros(2, GROUPS, splits, dtype=torch.float64)
-    sums = torch.zeros(GROUPS, splits, logits.shape[1], dtype=torch.float64)
-    for start in range(0, len(logits), SPLIT):
-        part = slice(start, start + SPLIT)
-        log_p = logits[part].double().log_softmax(dim=1)
+    """The scores without each group in turn, from one pass over the images, as mean(p log p) - mean p log mean p.
+
+    Every image stays in its split. Were the rest cut anew, a last split of a few images could come or go, and what that
+    does to the score is no uncertainty: errors came out four times too large for 5,560 images, too small for 11,000.
+    """
+    total, splits = torch.zeros(GROUPS, dtype=torch.float64), 0
+    for rows, of in zip(logits.split(SPLIT), groups.split(SPLIT), strict=True):
+        log_p = rows.double().log_softmax(dim=1)
         p = log_p.exp()
-        member = (split[:, None, part] == torch.arange(splits)[:, None]) & rest[:, None, part]  # (10, splits, rows)
-        member = member.double()
-        counts += member.sum(dim=2)
-        own += member @ log_p.mul_(p).sum(dim=1)
-        sums += member @ p
-    means = sums / counts.clamp_min(1)[..., None]
-    scores = (own / counts.clamp_min(1) - torch.xlogy(means, means).sum(dim=2)).exp()
-    there = counts > 0  # without the largest group there may be a split less
-    return tuple(((scores * there).sum(dim=1) / there.sum(dim=1)).tolist())
+        member = torch.nn.functional.one_hot(of, GROUPS).double().T  # (10, rows)
+        # What is left without each group; a split that is one group has nothing else and stays.
+        rest = torch.where(member.sum(dim=1, keepdim=True) < len(rows), 1 - member, 1)
+        counts = rest.sum(dim=1)
+        means = rest @ p / counts[:, None]
+        total += (rest @ log_p.mul_(p).sum(dim=1) / counts - torch.xlogy(means, means).sum(dim=1)).exp()
+        splits += 1
+    return tuple((total / splits).tolist())
 
 
 def _caution(ours: FeatureSet, reference: FeatureSet | None) -> str:

@@ -101,6 +101,13 @@ def test_the_surface_of_a_ball_is_inside_for_precision_and_recall_and_outside_fo
     assert {name: values.value for name, values in found.items()} == pytest.approx(plain, abs=1e-12)
 
 
+def test_images_that_are_all_the_same_are_on_every_surface():
+    same = FeatureSet({"pool": torch.full((20, 3), 0.3)})
+    for rule in ("suite", "exact"):
+        found = {name: values.value for name, values in _both(same, same, rule=rule).items()}
+        assert found == {"precision": 1.0, "recall": 1.0, "density": 0.0, "coverage": 0.0}
+
+
 @pytest.mark.parametrize("side", ["ours", "real"])
 def test_one_image_far_away_blurs_no_distance_between_the_others(side):
     ours, real = OURS.rows("pool").clone(), REAL.rows("pool").clone()
