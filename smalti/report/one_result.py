@@ -60,7 +60,7 @@ def _interval(estimate: Estimate, like: str) -> tuple[str, str]:
     if not like or estimate.low is None or estimate.high is None:
         return "", ""
     decimals = len(like.partition(".")[2])
-    return f"{estimate.low:.{decimals}f}", f"{estimate.high:.{decimals}f}"
+    return f"{estimate.low:z.{decimals}f}", f"{estimate.high:z.{decimals}f}"
 
 
 def _meeting(pairs: Sequence[Sequence[str]], sign: str) -> list[str]:

@@ -95,7 +95,7 @@ def with_error(value: float, reach: float | None) -> tuple[str, str]:
     if reach == 0:
         return f"{value:.6g}", "0"
     decimals = _decimals(reach)
-    return f"{value:.{decimals}f}", f"{reach:.{decimals}f}"
+    return f"{value:z.{decimals}f}", f"{reach:.{decimals}f}"  # z: no -0.00
 
 
 def _decimals(reach: float) -> int:
