@@ -27,6 +27,20 @@ def test_every_documentation_page_that_code_names_exists():
     assert not [page for page in named if not (ROOT / page).exists()]
 
 
+def test_what_pages_import_is_there_to_import():
+    shown = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"^```python\n(.*?)^```$", document.read_text(), flags=re.MULTILINE | re.DOTALL):
+            lines = re.findall(r"^(?:from smalti[\w.]* )?import [\w, .]+$", block, flags=re.MULTILINE)
+            shown += [(document.name, line) for line in lines if "smalti" in line]
+    assert len(shown) > 5  # the pattern still finds what it is for
+    for document, line in shown:
+        try:
+            exec(line, {})
+        except ImportError as error:
+            pytest.fail(f"{document}: {line}: {error}")
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs_and_is_short(example, tmp_path):
     arguments = [str(tmp_path / "run")] if example.name.startswith("02") else []
