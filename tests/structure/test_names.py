@@ -36,6 +36,10 @@ OTHER_SPELLINGS = {
     "learn_sigma": "learned_variance",
     "lr": "learning_rate",
     "bs": "batch_size",
+    "ref": "reference",
+    "fake": "ours",
+    "feats": "features",
+    "net": "network",
 }
 TRANSLATORS = {"smalti/checkpoints/official.py"}
 
