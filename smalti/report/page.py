@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
 from smalti.report.charts import Series, line_chart
 from smalti.report.images import data_url, grid
-
-_STYLE = Path(__file__).with_name("page.css")
-# Told apart by most colour-blind readers, and dark enough on white.
-COLOURS = ("#2563eb", "#d9480f", "#0f9d77", "#a21caf", "#64748b", "#b45309")
+from smalti.report.quality import QualityTable, measured_fragment
+from smalti.report.style import COLOURS, style
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ class ComparisonPage:
         facts: (number, what it is).
         constant, linear: losses of the mean-image and the best linear denoiser; in all, and per eighth of the noise.
         settings: (name, value).
+        quality: metrics of all networks, or one sentence that says why there are none.
     """
 
     title: str
@@ -77,6 +75,7 @@ class ComparisonPage:
     constant_strata: Sequence[float]
     linear_strata: Sequence[float]
     settings: Sequence[tuple[str, str]]
+    quality: QualityTable | str
 
 
 def render(page: ComparisonPage) -> str:
@@ -110,6 +109,13 @@ def render(page: ComparisonPage) -> str:
             "they are what was made equal. Seconds and memory are of a training step, measured on this machine.",
             _cost(page),
         ),
+        _section(
+            "Quality, measured on features",
+            "Samples of each network, the same seeds and classes for all, against the training images, in the features "
+            "of a network that was trained on photos. Intervals are of the choice of images; another seed of the "
+            "training would move the numbers, too.",
+            _quality(page),
+        ),
         _section("What they learned, and when", "The same seeds at several moments of each run.", _snapshots(page)),
         _section(
             "Learned or remembered?",
@@ -122,7 +128,7 @@ def render(page: ComparisonPage) -> str:
     ]
     head = [
         "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
-        f"<title>{escape(page.title)}</title><style>{_STYLE.read_text(encoding='utf-8')}</style>",
+        f"<title>{escape(page.title)}</title><style>{style()}</style>",
     ]
     shown = f"<body><main>{''.join(body)}</main></body>"
     return f"<!doctype html><html lang='en'><head>{''.join(head)}</head>{shown}</html>\n"
@@ -200,6 +206,12 @@ def _cost(page: ComparisonPage) -> str:
         for k, n in enumerate(page.networks)
     )
     return f"<div class='wide'><table><tr><th>network</th>{head}</tr>{rows}</table></div>"
+
+
+def _quality(page: ComparisonPage) -> str:
+    if isinstance(page.quality, str):
+        return f"<p>{escape(page.quality)}</p>"
+    return measured_fragment(page.quality, {n.name: COLOURS[k] for k, n in enumerate(page.networks)})
 
 
 def _snapshots(page: ComparisonPage) -> str:

@@ -5,17 +5,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Literal
 
 from smalti.evaluation.metric import Estimate
 from smalti.evaluation.results import FloorValue, Number
 from smalti.report.charts import Bar, error_bar_chart
-from smalti.report.page import COLOURS
+from smalti.report.style import COLOURS, style
 
-_STYLES = ("page.css", "quality.css")
 ARROWS = {"lower": "↓", "higher": "↑"}
 CLEAN = "clean images"
+_GREY = "#6b7280"
 COLUMNS = 120  # of a terminal; tables may be wider, sentences are not
 
 
@@ -160,10 +159,16 @@ def as_markdown(table: QualityTable) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_fragment(table: QualityTable) -> str:
-    """HTML for a page that has the styles of `quality_page`: tables, charts, sentences."""
+def measured_fragment(table: QualityTable, colours: Mapping[str, str] | None = None) -> str:
+    """HTML of what was measured, for a page with the style of all pages: table, charts, sentences.
+
+    Args:
+        colours: of rows, by name, where the page has given them some; the other rows are grey. None = in order.
+    """
+    if colours is None:
+        colours = {row.name: COLOURS[k % len(COLOURS)] for k, row in enumerate(table.rows)}
     head = "".join(f"<th>{escape(c.label)} {ARROWS[c.better]}</th>" for c in table.columns)
-    body = [_html_row(table, k, row) for k, row in enumerate(table.rows)]
+    body = [_html_row(table, row, colours) for row in table.rows]
     body += [
         f"<tr class='clean'><th>{escape(row.name)}</th>"
         + "".join(f"<td>{escape(_clean_text(table, row, c))}</td>" for c in table.columns)
@@ -171,9 +176,14 @@ def as_fragment(table: QualityTable) -> str:
         for row in table.clean
     ]
     parts = [_html_table(f"<th>images</th>{head}", body), _html_list(_all_notes(table, bold="bold"))]
-    parts.append(f"<div class='charts'>{''.join(_charts(table))}</div>")
+    parts.append(f"<div class='charts'>{''.join(_charts(table, colours))}</div>")
     parts.append(_html_list(table.statements))
-    measured = f"<section><h2>Measured</h2>{''.join(parts)}</section>"
+    return "".join(parts)
+
+
+def as_fragment(table: QualityTable) -> str:
+    """The same, and what papers print apart from it, as sections of a page."""
+    measured = f"<section><h2>Measured</h2>{measured_fragment(table)}</section>"
     if not table.quoted:
         return measured
     rows = ["".join(_quoted_html(table, row)) for row in table.quoted]
@@ -183,10 +193,9 @@ def as_fragment(table: QualityTable) -> str:
 
 def quality_page(table: QualityTable, title: str) -> str:
     """One self-contained HTML file."""
-    style = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _STYLES)
     head = (
         "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>{escape(title)}</title><style>{style}</style>"
+        f"<title>{escape(title)}</title><style>{style()}</style>"
     )
     body = f"<body><main><h1>{escape(title)}</h1>{as_fragment(table)}</main></body>"
     return f"<!doctype html><html lang='en'><head>{head}</head>{body}</html>\n"
@@ -239,7 +248,7 @@ def _quoted_html(table: QualityTable, row: QuotedRow) -> list[str]:
     return [f"<tr><th class='words'>{escape(name)}</th>", inside, "</tr>"]
 
 
-def _html_row(table: QualityTable, k: int, row: Row) -> str:
+def _html_row(table: QualityTable, row: Row, colours: Mapping[str, str]) -> str:
     cells = []
     for column in table.columns:
         number = row.numbers.get(column.label)
@@ -250,15 +259,18 @@ def _html_row(table: QualityTable, k: int, row: Row) -> str:
         error = f" <span class='pm'>± {reach}</span>" if reach else ""
         best = " class='best'" if column.best == row.name else ""
         cells.append(f"<td{best}>{value}{error}</td>")
-    return f"<tr><th><i class='dot' style='background:{_colour(k)}'></i>{escape(row.name)}</th>{''.join(cells)}</tr>"
+    dot = f"<i class='dot' style='background:{colours.get(row.name, _GREY)}'></i>"
+    return f"<tr><th>{dot}{escape(row.name)}</th>{''.join(cells)}</tr>"
 
 
-def _charts(table: QualityTable) -> list[str]:
+def _charts(table: QualityTable, colours: Mapping[str, str]) -> list[str]:
     charts = []
     for column in table.columns:
         bars = [
-            Bar(row.name, number.estimate.value, number.estimate.low, number.estimate.high, _colour(k))
-            for k, row in enumerate(table.rows)
+            Bar(
+                row.name, number.estimate.value, number.estimate.low, number.estimate.high, colours.get(row.name, _GREY)
+            )
+            for row in table.rows
             if (number := row.numbers.get(column.label)) is not None
         ]
         floors = [row.floors[column.label].value for row in table.clean if column.label in row.floors]
@@ -267,10 +279,6 @@ def _charts(table: QualityTable) -> list[str]:
         note = f"{column.better} is better" + (f"; dashed: {CLEAN}" if floor is not None else "")
         charts.append(f"<div>{error_bar_chart(bars, title=column.label, note=note, floor=floor)}</div>")
     return charts
-
-
-def _colour(k: int) -> str:
-    return COLOURS[k % len(COLOURS)]
 
 
 def _html_table(head: str, rows: Sequence[str]) -> str:

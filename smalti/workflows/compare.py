@@ -60,7 +60,12 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[Path], *, published_of: Sequence[str] = (), allow: Sequence[str] = (), sort: str = ""
+    paths: Sequence[Path],
+    *,
+    published_of: Sequence[str] = (),
+    allow: Sequence[str] = (),
+    sort: str = "",
+    names: Sequence[str] = (),
 ) -> Comparison:
     """Put results into one table, a row each, and a column for every number.
 
@@ -69,6 +74,7 @@ def compare(
         published_of: presets or families whose published numbers are shown below, apart.
         allow: parts of the protocol that may differ; "unknown" = whatever is not known.
         sort: metric or label whose order the rows take; "" = the first.
+        names: of the rows, one for each path, which then are files; empty = those of the sources.
 
     Raises:
         ConfigError: two results differ in what bears on a number that both have, and nothing allows it.
@@ -76,7 +82,8 @@ def compare(
         CheckpointError: a result is damaged.
     """
     check_allowed(allow)
-    entries = _named([(path, read_result(path)) for path in _files(paths)])
+    read = [(path, read_result(path)) for path in _files(paths)]
+    entries = tuple(Entry(n, *found) for n, found in zip(names, read, strict=True)) if names else _named(read)
     quoted = tuple(dict.fromkeys(row for name in published_of for row in published(name)))
     labels = dict.fromkeys(number.label for entry in entries for number in entry.result.numbers)
     waived = tuple(_waived(entries, labels, allow))

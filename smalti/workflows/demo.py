@@ -12,13 +12,14 @@ from smalti.config import from_dict
 from smalti.cost.memory import peak_memory, peak_memory_refusal
 from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import ConfigError
-from smalti.models import BACKBONES
+from smalti.models import BACKBONES, config_of
 from smalti.report.files import write_text
 from smalti.report.page import render
 from smalti.sampling import SamplingConfig
 from smalti.training.config import DataConfig, OptimizerConfig, RunConfig
 from smalti.training.loop import train_steps
-from smalti.workflows.demo_page import build_page
+from smalti.workflows.demo_page import NAMES, build_page
+from smalti.workflows.demo_quality import demo_quality
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.run_folder import CONFIG, changes, load_config
 from smalti.workflows.train import new_state, prepare_run, train
@@ -92,7 +93,8 @@ def demo(out: Path, *, minutes: float, seed: int, networks: Sequence[str]) -> Pa
         with ProgressReport(network, 1) as progress:
             progress.note(f"{config.model}: {config.steps} steps of {config.batch_size} images in {config.precision}")
         results.append((config, train(config)))
-    page = build_page(results, dict(zip(networks, plan.megabytes, strict=False)), started)
+    quality = demo_quality({NAMES[config_of(result.model).kind]: config for config, result in results}, out)
+    page = build_page(results, dict(zip(networks, plan.megabytes, strict=False)), quality, started)
     write_text(out / "result.json", json.dumps(page.numbers, indent=1) + "\n")
     path = out / "index.html"
     write_text(path, render(page.page))

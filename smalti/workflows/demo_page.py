@@ -23,6 +23,7 @@ from smalti.report.page import ComparisonPage, Nearness, NetworkRun, Snapshot
 from smalti.training.config import RunConfig
 from smalti.training.device import resolve_device
 from smalti.training.log import read_log
+from smalti.workflows.demo_quality import DemoQuality
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.sample import Source, sample
 from smalti.workflows.train import PREVIEW_COLUMNS, TrainResult
@@ -41,7 +42,10 @@ class Pictured:
 
 
 def build_page(
-    results: Sequence[tuple[RunConfig, TrainResult]], megabytes: Mapping[str, float], started: float
+    results: Sequence[tuple[RunConfig, TrainResult]],
+    megabytes: Mapping[str, float],
+    quality: DemoQuality,
+    started: float,
 ) -> Pictured:
     """Draw samples from every finished run and put everything together.
 
@@ -81,6 +85,7 @@ def build_page(
         constant_strata=lines.constant.strata,
         linear_strata=lines.linear.strata,
         settings=_settings(results, time.monotonic() - started),
+        quality=quality.shown,
     )
     return Pictured(
         page,
@@ -92,6 +97,7 @@ def build_page(
             "linear": lines.linear.mean,
             "linear_strata": list(lines.linear.strata),
             "networks": numbers,
+            "quality": quality.numbers,
         },
     )
 

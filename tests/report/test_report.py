@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 from smalti.errors import StorageError
+from smalti.evaluation.metric import Estimate
+from smalti.evaluation.results import Number
 from smalti.report.charts import HEIGHT, WIDTH, Series, line_chart
 from smalti.report.images import data_url, first_of_rows, grid, save_grid, save_image, to_pil
 from smalti.report.page import ComparisonPage, Nearness, NetworkRun, Snapshot, render
+from smalti.report.quality import Column, QualityTable, Row
 
 # --- charts
 
@@ -234,6 +237,7 @@ def page(**changes):
         "constant_strata": [1.5] * 8,
         "linear_strata": [0.7] * 8,
         "settings": [("optimizer", '{"betas": [0.9, 0.99]}'), ("network", "<net>")],
+        "quality": "Not measured: <missing>.",
     }
     return ComparisonPage(**values | changes)
 
@@ -257,7 +261,7 @@ def test_the_page_is_well_formed_and_stands_alone(html):
 
 def test_every_section_is_there_with_its_content(html):
     titles = ("Samples, side by side", "Loss", "Cost", "What they learned, and when", "Learned or remembered?")
-    for title in (*titles, "Settings"):
+    for title in (*titles, "Quality, measured on features", "Settings"):
         assert f"<h2>{title}</h2>" in html
     for said in (
         "Below the line",
@@ -284,8 +288,19 @@ def test_each_network_has_one_colour_everywhere(html):
     assert html.count(f"background:{first}") == html.count(f"background:{second}") == 3  # samples, cost, nearness
 
 
+def test_measured_quality_has_the_colours_that_its_networks_have_elsewhere():
+    numbers = {"KID": Number("kid", "KID", "lower", Estimate(0.5, 0.1, 0.3, 0.7))}
+    rows = [Row("Net B", numbers), Row("real", numbers), Row("Net <A>", numbers)]
+    table = QualityTable(columns=[Column("KID", "kid", "lower")], rows=rows)
+    html = render(page(quality=table))
+    first, second = re.findall(r"class='dot' style='background:(#\w+)'", html)[:2]
+    assert f"background:{first}'></i>Net &lt;A&gt;</th><td>0.50" in html
+    assert f"background:{second}'></i>Net B</th><td>0.50" in html
+    assert f"stroke='{first}'" in html or f'stroke="{first}"' in html or f"stroke:{first}" in html
+
+
 def test_what_is_shown_cannot_become_markup(html):
-    for raw in ("<more>", "<dogs>", "<9>", "<net>", "<A>", "<12>"):
+    for raw in ("<more>", "<dogs>", "<9>", "<net>", "<A>", "<12>", "<missing>"):
         assert raw not in html
     for safe in ("Title &amp; &lt;more&gt;", "Cats &amp; &lt;dogs&gt;", "&lt;9&gt;", "&lt;net&gt;", "[0.9, 0.99]"):
         assert safe in html

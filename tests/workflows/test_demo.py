@@ -12,11 +12,12 @@ from tiny_runs import tiny_config, write_set
 import smalti.workflows.train as workflow
 from smalti.cli import main
 from smalti.errors import ConfigError, PreemptedError
+from smalti.evaluation.networks import NETWORKS
 from smalti.workflows import demo as demos
-from smalti.workflows import demo_page
+from smalti.workflows import demo_page, demo_quality
 
 SECTIONS = (
-    *("Samples, side by side", "Loss", "Cost", "What they learned, and when"),
+    *("Samples, side by side", "Loss", "Cost", "Quality, measured on features", "What they learned, and when"),
     *("Learned or remembered?", "Settings"),
 )
 SMALL = {
@@ -55,6 +56,7 @@ def tiny(monkeypatch, data):
         )
 
     monkeypatch.setattr(demos, "recipe", recipe)
+    monkeypatch.setattr(demo_quality, "FEATURES", "lite0@32")
     measured = {"fp32": (0.05, 12.0), "bf16": (0.1, 12.0)}
     monkeypatch.setattr(demos, "measure_steps", lambda config: measured[config.precision])
 
@@ -113,7 +115,11 @@ def test_the_demo_writes_its_page_and_an_interruption_changes_nothing_of_it(tmp_
     for row in found["networks"].values():
         assert f"{row['validation']:.4f}" in page
     assert f"{found['linear']:.4f}" in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 2 + 2  # losses; two metrics
+    assert list(found["quality"]) == ["DiT", "Diffusion-RWKV", "held-out images"]
+    for name, metrics in found["quality"].items():
+        assert list(metrics) == ["kid", "fd_pca64"]
+        assert metrics["kid"]["value"] > found["quality"]["held-out images"]["kid"]["value"] or "held" in name
     other = (stopped / "index.html").read_text(encoding="utf-8")
     pictures = re.compile(r"<img src='[^']+'[^>]*alt='[^']*samples of")
     assert pictures.findall(page) == pictures.findall(other)
@@ -130,6 +136,16 @@ def test_a_demo_that_is_done_is_drawn_again_without_training(tmp_path, tiny, mon
     assert page.exists()
     assert (tmp_path / "dit" / "log.jsonl").read_bytes() == before
     assert "This ranks nothing" not in page.read_text(encoding="utf-8")  # one network ranks nobody
+
+
+def test_without_the_package_of_features_the_page_says_so(tmp_path, tiny, monkeypatch):
+    def missing(rest, device):
+        raise ConfigError("lite0 needs a package; install it")
+
+    monkeypatch.setitem(NETWORKS, "lite0", missing)
+    page = demos.demo(tmp_path, minutes=0.1, seed=0, networks=("dit",)).read_text(encoding="utf-8")
+    assert "Not measured: lite0 needs a package; install it." in page
+    assert json.loads((tmp_path / "result.json").read_text())["quality"] == {}
 
 
 def test_a_demo_of_other_networks_or_settings_is_not_continued(tmp_path, tiny, monkeypatch):
