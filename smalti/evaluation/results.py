@@ -116,9 +116,6 @@ class Result:
         have = [number.metric for number in self.numbers]
         raise ConfigError(f"{self.source.name} has no number {metric!r}{did_you_mean(metric, have)}")
 
-    def has(self, metric: str) -> bool:
-        return any(number.metric == metric for number in self.numbers)
-
 
 def numbers_of(
     estimates: Mapping[str, Estimate],

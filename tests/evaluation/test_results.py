@@ -130,8 +130,6 @@ def test_a_number_twice_or_without_a_rule_is_refused():
 
 def test_a_number_is_found_by_its_name():
     assert result().number("kid").label == "KID-lite0"
-    assert result().has("kid")
-    assert not result().has("fid")
     with pytest.raises(ConfigError, match="dit has no number 'kit'; did you mean 'kid'"):
         result().number("kit")
 
