@@ -55,6 +55,7 @@ class ImageSource:
         image_size: rows and columns in pixels.
         class_labels: int64 (N,), or None where there are no classes.
         notes: one line each on what to know before quoting a number of these images.
+        real: known to be real images, because they are an image set or one side of the split that training makes.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ImageSource:
     notes: tuple[str, ...]
     _reader: Reader = field(repr=False)
     _chosen: np.ndarray | None = field(default=None, repr=False)  # places in the reader; None = all of them
+    real: bool = False
 
     @property
     def count(self) -> int:
@@ -142,7 +144,7 @@ def open_images(
     if size is None or size == source.image_size:
         return source
     notes = (*source.notes, cropped(source.count, source.count, size))
-    return ImageSource(source.name, size, source.class_labels, notes, source._reader, source._chosen)
+    return ImageSource(source.name, size, source.class_labels, notes, source._reader, source._chosen, source.real)
 
 
 def _open_file(path: Path, key: str, *, name: str = "") -> ImageSource:
@@ -184,14 +186,14 @@ def _open_set(
         notes = originals.notes
     labels = images.class_labels if images.class_names else None
     if wanted is None:
-        return ImageSource(images.name, images.image_size, labels, notes, reader)
+        return ImageSource(images.name, images.image_size, labels, notes, reader, real=is_set)
     sides = split(images, wanted.fraction, wanted.seed, allow_empty=True)
     chosen = sides.train if wanted.side == "train" else sides.validation
     if not len(chosen):
         raise DataError(f"{name} holds no image: a fraction of {wanted.fraction} sets none aside")
     if labels is not None:
         labels = labels[chosen]
-    return ImageSource(f"{images.name}#{part}", images.image_size, labels, notes, reader, chosen)
+    return ImageSource(f"{images.name}#{part}", images.image_size, labels, notes, reader, chosen, real=True)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def evaluate(
     names = tuple(metrics) or (INCEPTION_METRICS if called == "inception" else OTHER_METRICS)
     check_names(names, METRICS, called)
     kinds = kinds_of_ours(names, network)
-    real = open_real(reference, all_ours[0].run, names, network, options)
+    real = open_real(reference, next((ours.run for ours in all_ours if ours.run), None), names, network, options)
     copies_of = [open_training(ours.run, training, options) for ours in all_ours]
     written: list[tuple[Path, Result]] = []
     with world() as me:

@@ -138,7 +138,7 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
 
 def _file_images(source: str, options: Mapping[str, Any]) -> MeasuredImages:
     images = open_images(source, **options)
-    known: dict[str, Any] = {"image_size": images.image_size}
+    known: dict[str, Any] = {"image_size": images.image_size, "real": images.real}
     facts: dict[str, Any] = {}
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     if (folder / RECORD).is_file():

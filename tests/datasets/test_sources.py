@@ -58,6 +58,16 @@ def test_a_folder_and_an_npz_of_the_same_images_give_the_same_batches(folder, tm
         assert list(source.batches(indices=[])) == []
 
 
+def test_sets_and_sides_of_a_split_are_known_to_be_real_and_pictures_from_anywhere_are_not(folder, tmp_path):
+    write_images(tmp_path / "x.npz", [pixels()], count=10, image_size=(8, 6))
+    for spec in ("emoji32", "emoji32#validation", f"{folder}#train"):
+        assert open_images(spec).real
+    assert open_images("emoji32", image_size=8).real
+    for spec in (folder, tmp_path / "x.npz"):
+        assert not open_images(spec).real
+        assert not open_images(spec, image_size=4).real
+
+
 def test_more_images_than_are_decoded_ahead_come_in_their_order(tmp_path):
     put(tmp_path / "many", pixels(300))
     assert torch.equal(everything(open_images(tmp_path / "many"), rows=7), channels_first(pixels(300)))
