@@ -51,7 +51,7 @@ class Target:
         """Frechet distance of `ours` from this reference.
 
         Args:
-            quick: from the squares, in a tenth of the time; off by up to 1e-6 of the traces. For uncertainties.
+            quick: from the squares, in a quarter of the time; off by up to 1e-6 of the traces. For uncertainties.
         """
         covariance = _lifted(ours.covariance, self.epsilon)
         if quick:
