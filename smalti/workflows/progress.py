@@ -27,6 +27,7 @@ class ProgressReport:
         self.label, self.total, self.unit = label, total, unit
         self._first = self._done = done
         self._started = self._printed = time.monotonic()
+        self._said_all = False
         self._console = Console(file=out or sys.stderr, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -52,13 +53,15 @@ class ProgressReport:
         now = time.monotonic()
         rate = (done - self._first) / max(now - self._started, 1e-9)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, rate=f"{rate:.2f} {self.unit}/s", detail=detail)
-        elif now - self._printed >= PLAIN_SECONDS or done >= self.total:
-            self._printed = now
-            left = f", {_clock((self.total - done) / rate)} left" if rate else ""
-            self._console.print(
-                f"{self.label} {done}/{self.total}, {rate:.2f} {self.unit}/s{left}" + (f", {detail}" if detail else "")
-            )
+            self._bar.update(self._task, completed=done, rate=f"{_rate(rate)} {self.unit}/s", detail=detail)
+        elif now - self._printed >= PLAIN_SECONDS or (done >= self.total and not self._said_all):
+            self._printed, self._said_all = now, done >= self.total
+            parts = [f"{self.label} {done:,}/{self.total:,}", f"{_rate(rate)} {self.unit}/s"]
+            if self._said_all:
+                parts.append(f"in {_clock(now - self._started)}")
+            elif rate:
+                parts.append(f"{_clock((self.total - done) / rate)} left")
+            self._console.print(", ".join([*parts, *([detail] if detail else [])]), markup=False)
 
     def continue_from(self, done: int) -> None:
         """`done` units were there before we began; the rate counts from here."""
@@ -72,6 +75,14 @@ class ProgressReport:
         (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
 
 
+def _rate(rate: float) -> str:
+    """Three digits, as many as a person reads."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
 def _clock(seconds: float) -> str:
+    """0:07, 12:34, 5:06:07, and from two days on 3 days."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    if minutes >= 2 * 24 * 60:
+        return f"{minutes // (24 * 60):,} days"
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
