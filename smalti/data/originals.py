@@ -26,6 +26,7 @@ SAMPLES = "samples.npz"  # what `smalti sample` writes in the place of PNGs, or 
 _RECORDS = ("sample.json", "sample.yaml")
 _SAMPLE = re.compile(r"([0-9]+)\.png")
 _ORIENTATION = 0x0112  # of EXIF; 5 to 8 lay the image on its side
+_PNG_END = b"IEND"
 _AHEAD_BYTES = 1 << 28
 _TASK = 16  # files that a thread decodes at once: one alone is too little work to hand over
 
@@ -235,6 +236,9 @@ def _look_at(root: Path, path: str) -> Head | RejectedFile:
                     raise UnusableImageError(f"more than {MAX_PIXELS // 1_000_000} million pixels")
                 image_size = opened.size if _lies_on_its_side(opened) else opened.size[::-1]
                 oddity, format_name = _oddity(opened), str(opened.format)
+            # Half a file has a whole head; its pixels would be asked for after hours of measuring others.
+            if format_name == "PNG" and data.rfind(_PNG_END) < 0:
+                raise UnusableImageError("cut off: the end of the PNG is missing")
         except UnusableImageError:
             raise
         except Exception as error:  # a decoder fed with damaged bytes may raise anything; none of it is our state
@@ -290,7 +294,7 @@ def _refuse_odd(root: Path, heads: Sequence[Head], convert: bool) -> None:
         kinds = ", ".join(f"{len(found)} {kind} ({found[0].path!r})" for kind, found in odd.items())
         raise DataError(
             f"{root}: {count} of {len(heads)} images are not plain 8-bit RGB: {kinds}; converting them changes the "
-            "number: convert them yourself, or allow it with convert"
+            "number: convert them yourself, or allow it with --convert"
         )
 
 

@@ -166,7 +166,8 @@ def _open_set(
     folder = Path(path)
     is_set = path in BUILT_IN or (folder / "items.json").is_file()
     if not is_set and not folder.is_dir():
-        hint = did_you_mean(path, BUILT_IN) if folder.parent == Path() else ""
+        close = did_you_mean(path, BUILT_IN)
+        hint = close if "did you mean" in close else ""
         raise DataError(
             f"{path!r} is neither an image set ({', '.join(BUILT_IN)}), nor an existing folder or .npz{hint}"
         )
@@ -209,9 +210,7 @@ class _Split:
         spelled = text[:-1].replace("(", ",", 1) if text.endswith(")") else text
         side, *settings = spelled.split(",")
         if side not in SPLITS:
-            raise ConfigError(
-                f"{where}: there is no part {side!r}{did_you_mean(side, SPLITS)}; use #train or #validation"
-            )
+            raise ConfigError(f"{where}: there is no part {side!r}; use #train or #validation")
         given = {}
         for setting in settings:
             name, _, value = setting.partition("=")

@@ -263,7 +263,7 @@ def no_image(folder):
     (folder / "g.jpg").write_text("not a picture")
 
 
-NOT_PLAIN = r"of 1[12] images are not plain 8-bit RGB: {}; converting them changes the number: .* with convert$"
+NOT_PLAIN = r"of 1[12] images are not plain 8-bit RGB: {}; converting them changes the number: .* with --convert$"
 REFUSED = [
     (empty, r"real: no image in this folder; give a folder that holds some"),
     (only_text, r"real: no image in this folder \(1 other files\)"),
@@ -305,7 +305,13 @@ def test_files_that_change_or_turn_out_damaged_stop_the_measurement(folder):
     os.truncate(folder / "004.png", 60)
     with pytest.raises(DataError, match=r"'004.png': changed while it was measured; restore or remove it"):
         everything(source)
-    with pytest.raises(DataError, match=r"'004.png': damaged: .*; restore or remove it"):
+    with pytest.raises(DataError, match=r"'004.png': cut off: the end of the PNG is missing; restore or remove"):
+        open_images(folder)  # known from the file's end, before any image is measured
+    whole = bytearray((folder / "003.png").read_bytes())
+    whole[50] ^= 255
+    (folder / "003.png").write_bytes(whole)
+    (folder / "004.png").unlink()
+    with pytest.raises(DataError, match=r"'003.png': damaged: .*; restore or remove it"):
         everything(open_images(folder))
 
 
