@@ -23,7 +23,7 @@ class Sample:
     model: Annotated[Path, tyro.conf.Positional]
     """Run folder or model folder."""
     classes: tuple[str, ...] = ()
-    """Class names or numbers, used in turn; none = as --labels says."""
+    """Class names or numbers, used in turn. Left out: as --labels says."""
     label_rule: Annotated[Literal["random", "balanced"], tyro.conf.arg(name="labels")] = "random"
     """Without --classes: uniform at random, from each seed, as the papers do; or every class equally often."""
     seeds: str = "0-15"
@@ -35,21 +35,19 @@ class Sample:
     overwrite: bool = False
     """Where --out holds another set of samples, remove that one first."""
     chunks: str = ""
-    """Make only the chunks a:b (numbers from 0, b not included), for job arrays; none = whichever are missing."""
+    """Only the chunks a:b (numbers from 0, b not included), for job arrays. Left out: whichever are missing."""
     chunk_size: int | None = None
-    """Images a chunk, the unit that is shared out and stored; none = 64, or the next multiple of micro_batch."""
+    """Images a chunk, the unit that is shared out and stored. Left out: 64, or the next multiple of micro_batch."""
     micro_batch: int = 16
     """Images at once; part of what makes the bits, so it is recorded."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is faster on GPUs and on CPUs with bf16 units; part of what makes the bits."""
     inference: Literal["none", "eager", "frozen"] = "none"
-    """The network as it was trained, merged and packed for speed (eager), or compiled as well (frozen, within minutes,
-    for many images); the bits differ from mode to mode, so it is recorded."""
+    """As trained; merged for speed (eager); or compiled as well, in minutes (frozen). Bits differ; it is recorded."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     threads: int | None = None
-    """Threads of this process on a CPU; part of what makes the bits. None = as the processes before it, or torch's own
-    number."""
+    """Threads on a CPU; part of what makes the bits. Left out: as the processes before it, or torch's own number."""
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(sampler="dpm-solver++", num_inference_steps=25, guidance_scale=2.0)
     )

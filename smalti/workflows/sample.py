@@ -20,6 +20,8 @@ from smalti.presets import list_models
 from smalti.sampling import SamplingConfig, sample_latents
 from smalti.training.device import autocast_dtype
 
+MOST_IMAGES = 10_000_000  # of one set: seeds and labels are held, and nobody means more
+
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
@@ -162,7 +164,7 @@ def parse_seeds(text: str) -> list[int]:
     """`0-49` or `3,7,20-29` as a list.
 
     Raises:
-        ConfigError: not of that form, or empty.
+        ConfigError: not of that form, empty, or more than ten million.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -172,6 +174,8 @@ def parse_seeds(text: str) -> list[int]:
         stop = int(last) if dash else int(first)
         if stop < int(first):
             raise ConfigError(f"seeds {text!r}: the range {part} runs backwards")
+        if len(seeds) + stop - int(first) >= MOST_IMAGES:
+            raise ConfigError(f"seeds {text!r}: at most {MOST_IMAGES:,} images make one set; draw several sets")
         seeds.extend(range(int(first), stop + 1))
     return seeds
 

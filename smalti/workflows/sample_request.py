@@ -19,6 +19,7 @@ from smalti.sampling.record import LabelRule, ModelFacts, SampleIdentity, Sample
 from smalti.storage import filesystem
 from smalti.storage.sealed import smalti_version
 from smalti.training.device import resolve_device
+from smalti.workflows.out_folder import check_folder
 from smalti.workflows.sample import Source, load_source, parse_seeds, read_classes, sample
 
 CHUNK_SIZE = 64  # images, or the next multiple of micro_batch
@@ -92,8 +93,7 @@ def read_request(settings: SampleSettings, place: Place) -> SampleRequest:
     Raises:
         SmaltiError: a setting is wrong, or does not fit the model.
     """
-    if settings.out.exists() and not settings.out.is_dir():
-        raise ConfigError(f"--out {settings.out} is a file; give a folder")
+    check_folder(settings.out, "--out")
     where = resolve_device(settings.device)
     if where.type == "cuda" and where.index is None and place.device_index is not None:
         where = torch.device("cuda", place.device_index % torch.cuda.device_count())
@@ -183,7 +183,7 @@ def read_range(text: str, identity: SampleIdentity) -> range:
     chosen = range(int(first or 0), min(int(last or identity.chunks), identity.chunks))
     if not chosen:
         raise ConfigError(
-            f"--chunks {text}: there is no such chunk; these {identity.count:,} images are {identity.chunks} chunks of "
-            f"{identity.chunk_size}, numbered from 0"
+            f"--chunks {text}: there is no such chunk; these {identity.count:,} images are cut into chunks of "
+            f"{identity.chunk_size}, numbered 0 to {identity.chunks - 1}"
         )
     return chosen

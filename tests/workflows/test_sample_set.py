@@ -286,6 +286,21 @@ def test_a_process_begins_at_its_own_place(settings, monkeypatch):
 # --- another set in the same folder
 
 
+def test_a_folder_of_something_else_is_left_alone_unless_told_otherwise(settings):
+    settings.out.mkdir(parents=True)
+    (settings.out / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"has files of something else, such as holiday.jpg; choose another --out"):
+        sample_set(settings)
+    assert os.listdir(settings.out) == ["holiday.jpg"]
+    sample_set(replace(settings, overwrite=True))
+    assert (settings.out / "holiday.jpg").read_bytes() == b"x"
+
+
+def test_more_images_than_anybody_means_are_refused_before_they_are_listed():
+    with pytest.raises(ConfigError, match="at most 10,000,000 images make one set"):
+        parse_seeds("0-999999999999")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -413,7 +428,7 @@ def test_a_process_of_a_set_that_was_overwritten_says_so(settings, monkeypatch):
         ({"chunks": "3"}, "--chunks '3': expected a range of chunk numbers"),
         ({"chunks": "a:b"}, "--chunks 'a:b': expected"),
         ({"chunks": "-1:2"}, "--chunks '-1:2': expected"),
-        ({"chunks": "2:2"}, "--chunks 2:2: there is no such chunk; these 22 images are 6 chunks of 4"),
+        ({"chunks": "2:2"}, "--chunks 2:2: there is no such chunk; these 22 images are cut into chunks of 4"),
         ({"chunks": "6:9"}, "--chunks 6:9: there is no such chunk"),
     ],
 )
