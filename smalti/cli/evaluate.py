@@ -21,41 +21,41 @@ class Evaluate:
     Runs are drawn from on the way, nothing is stored but the numbers. Start it under torchrun to share the work.
     """
 
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
     """Run or model folders, folders of images, image sets (emoji32#validation), .npz files with arr_0."""
-    reference: str | None = None
-    """Real images (set, folder, .npz) or their statistics (.npz with mu and sigma); none = what the run trained on."""
+    reference: str = ""
+    """Real images (set, folder, .npz), or statistics (.npz with mu and sigma). Left out: what the run trained on."""
     features: str = "inception"
     """Feature network: inception or inception:WEIGHTS, lite0, lite0@96 (small images), dinov2:FOLDER."""
     metrics: tuple[str, ...] = ()
-    """Which; none = fid sfid inception_score precision recall, for other networks kid fd_pca64 precision recall."""
+    """Left out: fid sfid inception_score precision recall, or kid fd_pca64 precision recall where not inception."""
     drawing: Annotated[Drawing, tyro.conf.arg(name="")] = field(default_factory=Drawing)
     """How the images of a run are drawn."""
-    training: str | None = None
-    """Images to look for copies of; none = what each run trained on; "none" = do not look."""
+    training: str = ""
+    """Images to look for copies of. Left out: what each run trained on; none: do not look."""
     intervals: bool = True
     """95 % intervals, by leaving out a tenth of the images ten times."""
     floor: bool = True
     """What real images would get in place of ours."""
     image_size: int | None = None
-    """Scale and crop existing images to this side; changes the numbers."""
+    """Scale and crop existing images to this side; changes the numbers. Runs draw at their own size."""
     convert: bool = False
     """Accept existing images that are not 8-bit RGB."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     save_statistics: Path | None = None
-    """Also write mean and covariance of our features to this .npz, as a reference for later."""
+    """Also write mean and covariance of the features to this .npz, a --reference for later; without one, only that."""
     out: Path | None = None
-    """Folder for results; none = `evaluation` in each run, or beside the images."""
+    """Folder for results. Left out: `evaluation` in the run folder, or beside the images."""
 
     def run(self) -> None:
         results = evaluate(
             self.sources,
-            reference=self.reference,
+            reference=self.reference or None,
             features=self.features,
-            metrics=self.metrics,
+            metrics=[name.strip().lower() for word in self.metrics for name in word.split(",") if name.strip()],
             drawing=self.drawing,
-            training=self.training,
+            training=self.training.lower() if self.training.lower() == "none" else self.training or None,
             intervals=self.intervals,
             floor=self.floor,
             image_size=self.image_size,

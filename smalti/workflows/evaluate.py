@@ -1,10 +1,11 @@
 """`evaluate`: from runs, folders or .npz files to numbers that say how they were made. Images are never stored."""
 
 import hashlib
+import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from smalti import __version__
+from smalti.config import did_you_mean
 from smalti.data.sets import cache_folder
 from smalti.data.sources import ImageSource
-from smalti.errors import ConfigError
+from smalti.errors import ConfigError, DataError
 from smalti.evaluation.cache import FeatureCache
 from smalti.evaluation.features import FeatureNetwork, FeatureSet, extract
 from smalti.evaluation.floors import Floor, clean_floor
@@ -25,6 +27,7 @@ from smalti.evaluation.metrics import METRICS
 from smalti.evaluation.networks import build_network
 from smalti.evaluation.protocol import Protocol, rules_of
 from smalti.evaluation.reference import write_statistics
+from smalti.evaluation.rehearsal import rehearse
 from smalti.evaluation.results import Number, Result, numbers_of, write_result
 from smalti.training.device import resolve_device
 from smalti.workflows.evaluate_sources import (
@@ -33,6 +36,8 @@ from smalti.workflows.evaluate_sources import (
     MeasuredImages,
     OnStep,
     RealImages,
+    check_there,
+    is_model,
     kinds_of_ours,
     kinds_of_reference,
     note,
@@ -40,6 +45,7 @@ from smalti.workflows.evaluate_sources import (
     open_real,
     open_training,
 )
+from smalti.workflows.out_folder import check_folder
 from smalti.workflows.progress import ProgressReport
 from smalti.world import World, world
 
@@ -70,12 +76,14 @@ def evaluate(
 
     Args:
         reference: real images or statistics of them; None = the images that the first run was trained on.
-        metrics: empty = those of the papers for inception, kid and fd_pca64 in their place for other networks.
+        metrics: empty = those of the papers for inception, kid and fd_pca64 in their place for other networks; none at
+            all where only statistics of images are to be saved.
         training: images to look for copies of; None = those that each run was trained on; "none" = do not look.
         intervals, floor: False leaves out the uncertainty, or what real images would get.
         image_size: of existing images; others are scaled and cropped, which changes numbers.
         convert: accept files that are not 8-bit RGB.
-        save_statistics: also write mean and covariance of our features there, as a reference for later.
+        save_statistics: also write mean and covariance of our features there, as a reference for later. Of images that
+            exist, without a reference and metrics, that is all that is done.
         out: folder for the results; None = `evaluation` in each run, else beside the images.
 
     Returns:
@@ -85,22 +93,26 @@ def evaluate(
         SmaltiError: whatever the user can mend, as early as it can be known.
     """
     where = resolve_device(device)
-    if not sources:
-        raise ConfigError("nothing to evaluate: name a run folder, a folder of images or an .npz")
-    if save_statistics is not None and len(sources) > 1:
-        raise ConfigError("--save-statistics takes one source: statistics of several would overwrite one another")
+    _check_request(sources, reference, metrics, drawing, training, save_statistics, out)
     options = {"image_size": image_size, "convert": convert}
-    all_ours = [open_measured(source, drawing or Drawing(), where, options) for source in sources]
     network = build_network(features, device=str(where))
     called = network.identity.name
-    names = tuple(metrics) or (INCEPTION_METRICS if called == "inception" else OTHER_METRICS)
+    names = tuple(dict.fromkeys(metrics)) or (INCEPTION_METRICS if called == "inception" else OTHER_METRICS)
+    if save_statistics is not None and not metrics and reference is None and not is_model(Path(sources[0])):
+        names = ()  # there is nothing to compare with
     check_names(names, METRICS, called)
     kinds = kinds_of_ours(names, network)
+    if save_statistics is not None:
+        kinds |= {"pool", "spatial"} & set(network.widths)
+    all_ours = [open_measured(source, drawing or Drawing(), where, options) for source in sources]
+    for ours in all_ours:
+        check_folder(out or ours.home, "--out")
     real = open_real(reference, next((ours.run for ours in all_ours if ours.run), None), names, network, options)
     copies_of = [open_training(ours.run, training, options) for ours in all_ours]
+    _check_sizes(all_ours, real, names, kinds, network)
     written: list[tuple[Path, Result]] = []
     with world() as me:
-        looking = _Looking(me, network, FeatureCache(cache_folder() / "features", note if me.rank == 0 else _silent))
+        looking = _Looking(me, network, FeatureCache(cache_folder() / "features", note))
         needed = sorted(kinds_of_reference(names) | ({"pool"} if any(copies_of) else set()))
         real_set = looking.real(real, needed) if real is not None else None
         floors: dict[int, Floor] = {}
@@ -110,9 +122,17 @@ def evaluate(
             found = looking.ours(ours, sorted(kinds | ({"pool"} if trained else set())))
             if found is None:
                 continue
+            if save_statistics is not None:
+                moments = {kind: found.moments(kind) for kind in ("pool", "spatial") if kind in found.features}
+                write_statistics(save_statistics, moments, network.identity, ours.source.name, found.count)
+                note(f"statistics in {save_statistics}")
+            if not names:
+                continue
             note(f"computing {', '.join(names)}")
             estimates = measure(found, real_set, names, METRICS, network=called, intervals=intervals)
-            if floor and real_set is not None and real_set.count and found.count not in floors:
+            real_count = real_set.count if floor and real_set is not None else 0
+            if real_count and found.count not in floors and _has_floor(found.count, real_count, names, network):
+                assert real_set is not None
                 floors[found.count] = clean_floor(real_set, found.count, names, METRICS, network=called)
             result = Result(
                 source=ours.source,
@@ -130,15 +150,102 @@ def evaluate(
                 seconds=round(time.monotonic() - started, 1),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-            if save_statistics is not None:
-                moments = {kind: found.moments(kind) for kind in ("pool", "spatial") if kind in found.features}
-                write_statistics(save_statistics, moments, network.identity, ours.source.name, found.count)
-                note(f"statistics in {save_statistics}")
             path = _place(result, out, ours.home)
             write_result(result, path)
             note(f"result in {path}")
             written.append((path, result))
     return written
+
+
+def _check_request(
+    sources: Sequence[str],
+    reference: str | None,
+    metrics: Sequence[str],
+    drawing: Drawing | None,
+    training: str | None,
+    save_statistics: Path | None,
+    out: Path | None,
+) -> None:
+    """What can be known to be wrong before anything is read or downloaded."""
+    if not sources:
+        raise ConfigError("nothing to evaluate: name a run folder, a folder of images or an .npz")
+    if twice := [source for source in sources if sources.count(source) > 1]:
+        raise ConfigError(f"{twice[0]} is named twice; name each source once")
+    for name in metrics:
+        if name not in METRICS:
+            raise ConfigError(f"there is no metric {name!r}{did_you_mean(name, METRICS)}")
+    for source in sources:
+        check_there(source)
+    if reference is not None:
+        check_there(reference, "--reference")
+    if training not in (None, "none"):
+        check_there(str(training), "--training")
+    if drawing is not None and drawing.changed and not any(is_model(Path(source)) for source in sources):
+        raise ConfigError(
+            f"{', '.join(drawing.changed)} would change nothing: {', '.join(sources)} {'are' if sources[1:] else 'is'} "
+            "measured whole and as stored, only runs are drawn from; leave it out"
+        )
+    if out is not None:
+        check_folder(out, "--out")
+    if save_statistics is not None:
+        if len(sources) > 1:
+            raise ConfigError("--save-statistics takes one source: statistics of several would overwrite one another")
+        if save_statistics.suffix != ".npz" or save_statistics.is_dir():
+            raise ConfigError(f"--save-statistics {save_statistics}: give the name of a file that ends in .npz")
+        check_folder(save_statistics.parent, "--save-statistics")
+
+
+def _check_sizes(
+    all_ours: Sequence[MeasuredImages],
+    real: RealImages | None,
+    names: Sequence[str],
+    kinds: Collection[str],
+    network: FeatureNetwork,
+) -> None:
+    """Too few images for a metric, too many for the memory, and pixels of another size than those compared with."""
+    images = real.images if real is not None else None
+    stated = real.statistics.moments if real is not None and real.statistics is not None else {}
+    widths = {kind: network.widths[kind] for kind in kinds}
+    for ours in all_ours:
+        needed = 4 * sum(widths.values()) * (ours.count + (images.count if images is not None else 0))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise ConfigError(
+                f"the features of {ours.count:,} images and of those they are compared with take "
+                f"{needed / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f}; measure fewer (--images)"
+            )
+        try:
+            rehearse(
+                names,
+                METRICS,
+                network=network.identity.name,
+                widths=widths,
+                count=ours.count,
+                reference_count=None if real is None else images.count if images is not None else 0,
+                stated=stated.keys() & widths.keys(),
+            )
+        except DataError as error:
+            raise DataError(f"{ours.source.name} cannot be measured so: {error}") from error
+        size = ours.known["image_size"]
+        if images is not None and images.image_size != size:
+            note(
+                f"{ours.source.name} has images of {size[0]} x {size[1]} pixels and {images.name} of "
+                f"{images.image_size[0]} x {images.image_size[1]}: the numbers count that difference, too"
+            )
+
+
+def _has_floor(count: int, real_count: int, names: Sequence[str], network: FeatureNetwork) -> bool:
+    """Whether real images are enough to stand in for ours as well; said where they are not."""
+    taken = min(count, real_count // 2)
+    comparing = [name for name in names if METRICS[name].reference != "nothing"]
+    widths = {kind: network.widths[kind] for kind in kinds_of_reference(names)}
+    called = network.identity.name
+    try:
+        rehearse(comparing, METRICS, network=called, widths=widths, count=taken, reference_count=real_count - taken)
+    except DataError as error:
+        note(f"what real images would get is left out, {real_count:,} are too few for two sets: {error}")
+        return False
+    return True
 
 
 def _place(result: Result, out: Path | None, home: Path) -> Path:
@@ -175,7 +282,8 @@ class _Looking:
     def ours(self, images: MeasuredImages, kinds: Sequence[str]) -> FeatureSet | None:
         """Features of the images to be measured; None on all processes but the first."""
         share = self.me.share(images.count, images.unit)
-        return self._gathered(images.read, share, kinds, f"drawing and looking at {images.source.name}")
+        what = "looking at" if images.run is None else "drawing and looking at"
+        return self._gathered(images.read, share, kinds, f"{what} {images.source.name}")
 
     def real(self, real: RealImages, kinds: Sequence[str]) -> FeatureSet:
         """What is compared with. An ADM reference batch has statistics of all training images and pixels of some of
@@ -233,7 +341,3 @@ def _machine(device: torch.device, me: World) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def _silent(text: str) -> None:
-    pass

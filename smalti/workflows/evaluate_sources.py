@@ -1,8 +1,10 @@
 """What is evaluated and what it is compared with: runs to draw from, images that exist, statistics of real ones."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,51 +13,64 @@ import tyro
 from torch import Tensor
 
 from smalti.data import to_uint8
+from smalti.data.sets import BUILT_IN
 from smalti.data.sources import ImageSource, open_images
-from smalti.errors import ConfigError, DataError
+from smalti.errors import ConfigError, DataError, NumericError
 from smalti.evaluation.features import FeatureNetwork
 from smalti.evaluation.metrics import METRICS
 from smalti.evaluation.protocol import Reference, sampling_facts
 from smalti.evaluation.reference import Statistics, holds, read_statistics
 from smalti.evaluation.results import Source as ResultSource
-from smalti.models import InferenceMode
 from smalti.models.files import CONFIG as MODEL_CONFIG
 from smalti.sampling import SamplingConfig
 from smalti.sampling.record import RECORD, read_record
 from smalti.training.config import RunConfig
+from smalti.workflows.progress import ProgressReport
 from smalti.workflows.run_folder import CONFIG, load_config
-from smalti.workflows.sample import load_source, read_classes, sample
+from smalti.workflows.sample import MOST_IMAGES, load_source, read_classes, sample
 
 PAPER_IMAGES = 50_000
 MOST_TRAINING_IMAGES = 100_000  # looked at unasked
 ROWS = 64
+_MANY_FILES = 2000  # from which on looking at their heads takes seconds
 
 OnStep = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How the images of a run are drawn; of no meaning for images that exist.
-
-    Args:
-        images: how many; the papers' FID-50K takes 50,000.
-        label_rule: random (uniform, from each seed, as in the papers) or balanced (every class equally often).
-        first_seed: image i has the seed first_seed + i.
-        micro_batch, precision, inference: as in `smalti sample`.
-        sampling: the default is the papers' 250 ancestral steps without guidance.
-    """
+    """How the images of runs are drawn; of no meaning for images that exist."""
 
     images: int = PAPER_IMAGES
+    """How many a run draws; the papers' FID-50K takes 50,000."""
     label_rule: Annotated[Literal["random", "balanced"], tyro.conf.arg(name="labels")] = "random"
+    """Classes of what a run draws: uniform at random, as in the papers, or every class equally often."""
     first_seed: int = 0
+    """Image i of a run has the seed first_seed + i."""
     micro_batch: int = 16
+    """Images that a run draws at once; part of what makes the bits."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    inference: Literal["none"] | InferenceMode = "none"
+    """As in `smalti sample`: bf16 is faster on GPUs and on CPUs with bf16 units; part of the protocol."""
+    inference: Literal["none", "eager", "frozen"] = "none"
+    """As in `smalti sample`: as trained, merged for speed, or compiled as well; part of the protocol."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How runs are drawn from. The default is the papers': 250 ancestral steps without guidance."""
 
     def __post_init__(self) -> None:
-        if self.images < 2 or self.micro_batch < 1 or self.first_seed < 0:
-            raise ConfigError("images must be at least 2, micro_batch at least 1 and first_seed 0 or more")
+        for name, value, least in (("images", self.images, 2), ("micro_batch", self.micro_batch, 1),
+                                   ("first_seed", self.first_seed, 0)):  # fmt: skip
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if self.images > MOST_IMAGES:
+            raise ConfigError(f"images must be at most {MOST_IMAGES:,}, got {self.images:,}")
+
+    @property
+    def changed(self) -> list[str]:
+        """Flags that are not at their defaults."""
+        plain = Drawing()
+        names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)]
+        called = {"label_rule": "--labels", "sampling": "--sampling.*"}
+        return [called.get(name, f"--{name.replace('_', '-')}") for name in names]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +107,60 @@ def open_measured(source: str, drawing: Drawing, device: torch.device, options: 
         SmaltiError: there is nothing of that name, or it cannot be measured.
     """
     path = Path(source)
+    if path.name == "model" and (path.parent / CONFIG).is_file():
+        path = path.parent  # the run knows what it was trained on, its model folder does not
     return _run_images(path, drawing, device) if is_model(path) else _file_images(source, options)
+
+
+def check_there(spec: str, flag: str = "") -> None:
+    """Refuse what does not exist, before anything takes time.
+
+    Args:
+        flag: that it was given for; "" = a source.
+
+    Raises:
+        DataError: nothing has this name, or it is a folder of runs.
+    """
+    path, _, part = spec.rpartition("#")
+    name = spec if Path(spec).exists() or not part or not path else path
+    if name not in BUILT_IN and not Path(name).exists():
+        runs = "" if flag else "a run or model folder, "
+        raise DataError(
+            f"{flag + ' ' if flag else ''}{spec} does not exist; give {runs}a folder of images, an image set "
+            f"({', '.join(BUILT_IN)}) or an .npz"
+        )
+    if is_model(Path(name)):
+        if flag:
+            raise DataError(f"{flag} {spec} is a run, and real images are needed here: a folder, an image set or .npz")
+    elif Path(name).is_dir() and (runs_inside := _models_in(Path(name))):
+        raise DataError(f"{spec} is a folder of runs; name those that you mean: {' '.join(runs_inside)}")
+
+
+def _models_in(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.path for entry in entries if entry.is_dir() and is_model(Path(entry)))
+
+
+def open_existing(spec: str, what: str, options: Mapping[str, Any]) -> ImageSource:
+    """`open_images` with progress, and with the part that the images have in what goes wrong.
+
+    Args:
+        what: stands before the error, as in "--reference"; "" = nothing.
+    """
+    with ExitStack() as shown:
+        report: list[ProgressReport] = []
+
+        def progress(done: int, total: int) -> None:
+            if total < _MANY_FILES or not is_first_process():
+                return
+            if not report:
+                report.append(shown.enter_context(ProgressReport(f"finding images in {spec}", total, unit="files")))
+            report[0].update(done)
+
+        try:
+            return open_images(spec, progress=progress, **options)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{what} {error}" if what else str(error)) from error
 
 
 def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredImages:
@@ -102,6 +170,8 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
     seeds = range(drawing.first_seed, drawing.first_seed + drawing.images)
     labels = read_classes(source, (), len(seeds), seeds, otherwise=drawing.label_rule)
     facts = {"kind": source.config.kind, "weights": source.weights, "steps": source.steps}
+    # Says now what is wrong with the sampling settings; nothing is drawn before the first image is asked for.
+    sample(source, seeds[:1], labels and labels[:1], drawing.sampling, micro_batch=drawing.micro_batch, device=device)
     if drawing.inference != "none":
         source = source.for_inference(drawing.inference, drawing.precision)
 
@@ -117,7 +187,7 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
             precision=drawing.precision,
             on_step=lambda done, total, _: on_step(f"sampler step {done} of {total}"),
         )
-        return (to_uint8(batch.images) for batch in batches)
+        return (to_uint8(_finite(batch.images, batch.seeds)) for batch in batches)
 
     known = {
         "image_size": source.config.sample_size,
@@ -136,11 +206,23 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
     return MeasuredImages(named, len(seeds), drawing.micro_batch, known, read, run / "evaluation", run)
 
 
+def _finite(images: Tensor, seeds: Sequence[int]) -> Tensor:
+    if not bool(torch.isfinite(images).all()):
+        raise NumericError(
+            f"the samples of seeds {seeds[0]} to {seeds[-1]} have values that are not finite, and are not measured; "
+            "check the model, or try --precision fp32 and a smaller guidance scale"
+        )
+    return images
+
+
 def _file_images(source: str, options: Mapping[str, Any]) -> MeasuredImages:
-    images = open_images(source, **options)
+    images = open_existing(source, "", options)
+    # Reads a file to its end: blocks of it are read without their checksum, and damage would be measured, too.
+    _ = images.fingerprint
     known: dict[str, Any] = {"image_size": images.image_size, "real": images.real}
     facts: dict[str, Any] = {}
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    path = Path(source if Path(source).exists() else source.rpartition("#")[0])
+    folder = path if path.is_dir() else path.parent
     if (folder / RECORD).is_file():
         known, facts = _recorded(folder, images.count, known)
     for what in images.notes:
@@ -150,7 +232,7 @@ def _file_images(source: str, options: Mapping[str, Any]) -> MeasuredImages:
     def read(indices: range, on_step: OnStep) -> Iterator[Tensor]:
         return images.batches(ROWS, indices=indices)
 
-    home = Path(source) / "evaluation" if Path(source).is_dir() else Path("evaluation")
+    home = Path("evaluation") if source.partition("#")[0] in BUILT_IN else folder / "evaluation"
     return MeasuredImages(named, images.count, ROWS, known, read, home)
 
 
@@ -187,19 +269,33 @@ def open_training(run: Path | None, training: str | None, options: Mapping[str, 
     if training == "none" or (training is None and run is None):
         return []
     if training is not None:
-        return [open_images(training, **options)]
+        return [open_existing(training, "--training", options)]
     config = _trained_on(run) if run is not None else None
     if config is None:
         return []
     parts = ("train", "validation") if config.data.validation_fraction else ("train",)
-    found = [open_images(_part(config, part), image_size=config.data.image_size) for part in parts]
+    assert run is not None
+    found = [_trained_images(run, config, part, "--training none, or --training IMAGES") for part in parts]
     if found[0].count > MOST_TRAINING_IMAGES:
         note(
-            f"{found[0].count} training images are many, copies of them are not looked for; "
+            f"{found[0].count:,} training images are many, copies of them are not looked for; "
             f"--training {config.data.path} does it anyway"
         )
         return []
     return found
+
+
+def _trained_images(run: Path, config: RunConfig, part: str, otherwise: str) -> ImageSource:
+    """Images that a run trained on, or those that it set aside, from where its settings say they are."""
+    data = config.data.path
+    if data not in BUILT_IN and not Path(data).exists():
+        here = "" if Path(data).is_absolute() else f" seen from {Path.cwd()}; start where the training started"
+        raise DataError(f"{run} was trained on {data}, which does not exist{here}, or give {otherwise}")
+    try:
+        return open_existing(part_of(config, part), "", {"image_size": config.data.image_size})
+    except DataError as error:
+        raise DataError(f"{run} was trained on {data}, which can no longer be read: {error}; or give {otherwise}"
+                        ) from error  # fmt: skip
 
 
 def _trained_on(run: Path) -> RunConfig | None:
@@ -207,7 +303,7 @@ def _trained_on(run: Path) -> RunConfig | None:
     return load_config(run / CONFIG) if (run / CONFIG).is_file() else None
 
 
-def _part(config: RunConfig, part: str) -> str:
+def part_of(config: RunConfig, part: str) -> str:
     """How `open_images` calls the images that a run trained on, or those that it set aside."""
     fraction = config.data.validation_fraction
     return f"{config.data.path}#{part},seed={config.seed},fraction={fraction}" if fraction else config.data.path
@@ -247,7 +343,8 @@ def open_real(
                     ".npz of images or of statistics"
                 )
             return None
-        trained = open_images(_part(config, "train"), image_size=config.data.image_size)
+        assert run is not None
+        trained = _trained_images(run, config, "train", "--reference REAL-IMAGES")
         return RealImages(Reference(trained.name, trained.fingerprint, trained.count), trained, None)
     statistics: Statistics | None = None
     images: ImageSource | None = None
@@ -255,7 +352,7 @@ def open_real(
     if held != "images":
         statistics = read_statistics(Path(asked), network.identity, network.widths)
     if held != "statistics":
-        images = open_images(asked, **options)
+        images = open_existing(asked, "--reference", options)
     for name in comparing:
         metric = METRICS[name]
         stated = statistics.moments if statistics is not None else {}
@@ -271,6 +368,12 @@ def open_real(
     return RealImages(Reference(images.name, images.fingerprint, images.count), images, None)
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text: str) -> None:
-    """One line for a person, beside whatever a program reads."""
-    print(text, file=sys.stderr)
+    """One line for a person, beside whatever a program reads; once, however many processes there are."""
+    if is_first_process():
+        print(text, file=sys.stderr)

@@ -1,19 +1,23 @@
 """`evaluate` end to end on a tiny run: streams, files and several processes give the same numbers, and say the same."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import tiny_config, write_set
 
 from smalti.cli import main
-from smalti.errors import ConfigError, DataError
+from smalti.errors import ConfigError, DataError, NumericError
+from smalti.evaluation.networks import build_network
 from smalti.evaluation.protocol import unequal
 from smalti.evaluation.results import read_result
 from smalti.sampling import SamplingConfig
 from smalti.training.config import OptimizerConfig
+from smalti.workflows import evaluate_sources
 from smalti.workflows.evaluate import evaluate
 from smalti.workflows.evaluate_sources import Drawing
 from smalti.workflows.train import train
@@ -73,7 +77,8 @@ def test_images_on_disk_give_the_numbers_of_the_stream_and_the_same_protocol(pla
     flags = ["--seeds", "0-39", "--out", str(folder), "--save", save, "--device", "cpu", *SAMPLER_FLAGS, *NO_GUIDANCE]
     assert main(["sample", str(place / "run"), *flags]) == 0
     source = f"samples-{save}" + ("/samples.npz" if save == "npz" else "")
-    _, stored = _evaluate(place, source, reference=f"{place / 'data'}#train", training=f"{place / 'data'}#train")
+    real = f"{place / 'data'}#train"
+    _, stored = _evaluate(place, source, reference=real, training=real, drawing=None)
     assert _values(stored) == _values(streamed)
     assert unequal(streamed.protocol, stored.protocol) == []
     assert streamed.protocol.digest == stored.protocol.digest
@@ -85,7 +90,7 @@ def test_a_set_that_is_not_whole_is_refused(place):
     assert main(["sample", str(place / "run"), *flags]) == 0
     next(folder.glob("0*.png")).unlink()
     with pytest.raises(DataError, match="a set of 10 samples, 9 of them are there"):
-        _evaluate(place, "partial", reference=str(place / "data"))
+        _evaluate(place, "partial", reference=str(place / "data"), drawing=None)
 
 
 def test_statistics_kept_once_serve_as_a_reference_later(place):
@@ -166,8 +171,106 @@ def test_what_cannot_work_is_one_line_at_once(place, capsys, arguments, says):
     assert said.splitlines()[-1].startswith("smalti: ")
 
 
+def test_images_drawn_before_they_can_be_measured_are_not_drawn(place, capsys, monkeypatch):
+    """Whatever is wrong is said before the first image, not after the last one."""
+    network = build_network("lite0@32", device="cpu")
+    monkeypatch.setattr("smalti.workflows.evaluate.build_network", lambda spec, device: network)
+    monkeypatch.setattr("smalti.workflows.evaluate.extract", lambda *args, **rest: pytest.fail("it drew"))
+    (place / "a-file").write_text("x")
+    few = str(write_set(place / "few", count=16))
+    run = [str(place / "run"), "--features", "lite0@32", "--device", "cpu", "--images", "40", *SAMPLER_FLAGS]
+    wrong = [
+        ([*run, "--metrics", "kidd"], "did you mean 'kid'", 64),
+        ([*run, "--out", str(place / "a-file" / "x")], "is a file; give a folder", 64),
+        ([*run, "--save-statistics", str(place / "x.txt")], "ends in .npz", 64),
+        ([*run, "--reference", few], "64 principal axes need at least 65 reference images, this has 16", 65),
+        ([*run, "--reference", "nowhere"], "--reference nowhere does not exist", 65),
+        ([*run, "--reference", str(place / "run")], "is a run, and real images are needed here", 65),
+        ([*run, "--training", "nowhere"], "--training nowhere does not exist", 65),
+        ([str(place / "run"), *run], "is named twice", 64),
+        ([*run, "--images", "20000000"], "at most 10,000,000", 64),
+        ([*run, "--images", "10000000", "--metrics", "kid"], "measure fewer (--images)", 64),
+        ([*run, "--sampling.guidance-scale", "nan"], "guidance_scale must be 0 or more", 64),
+        ([str(place), "--features", "lite0@32"], "is a folder of runs; name those that you mean", 65),
+        (["emoji32", "--reference", few, "--images", "40"], "--images would change nothing", 64),
+    ]
+    for arguments, says, code in wrong:
+        assert main(["evaluate", *arguments]) == code, arguments
+        said = capsys.readouterr().err.strip().splitlines()
+        assert said[-1].startswith("smalti: "), said
+        assert says in said[-1]
+
+
+def test_a_run_whose_data_are_elsewhere_says_what_it_was_trained_on(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = (place / "run" / "config.yaml").read_text()
+    moved = tmp_path / "moved"
+    shutil.copytree(place / "run" / "model", moved / "model")
+    (moved / "config.yaml").write_text(config.replace(str(place / "data"), "my-pictures"))
+    with pytest.raises(
+        DataError, match=r"moved was trained on my-pictures, which does not exist seen from .*; start wh"
+    ):
+        evaluate([str(moved)], features="lite0@32", metrics=METRICS, drawing=DRAWING, device="cpu")
+
+
+def test_the_model_folder_of_a_run_stands_for_the_run(place):
+    _, by_model = _evaluate(place, "run/model", metrics=("kid",))
+    _, by_run = _evaluate(place, metrics=("kid",))
+    assert by_model.source == by_run.source
+    assert _values(by_model) == _values(by_run)
+
+
+def test_samples_that_are_not_finite_are_not_measured(place, monkeypatch):
+    drawn = evaluate_sources.sample
+
+    def overflowing(*args, **settings):
+        for batch in drawn(*args, **settings):
+            batch.images[0, 0, 0, 0] = torch.nan
+            yield batch
+
+    monkeypatch.setattr(evaluate_sources, "sample", overflowing)
+    with pytest.raises(NumericError, match="seeds 0 to 7 have values that are not finite, and are not measured"):
+        _evaluate(place)
+
+
+def test_statistics_of_real_images_need_nothing_to_compare_with(place, capsys):
+    kept = place / "alone.npz"
+    assert evaluate([str(place / "data")], features="lite0@32", save_statistics=kept, out=place / "none") == []
+    assert not (place / "none").exists()
+    assert "computing" not in capsys.readouterr().err
+    _, by_statistics = _evaluate(place, reference=str(kept), metrics=("fd",))
+    assert by_statistics.protocol.reference.count == 96
+
+
+def test_a_damaged_npz_and_another_size_than_the_reference_s_are_said(place, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
+    np.savez(place / "small.npz", arr_0=images)
+    settings = {"reference": str(place / "data"), "drawing": None, "metrics": ("kid",)}
+    _evaluate(place, "small.npz", **settings)
+    assert "small.npz has images of 16 x 16 pixels and tiny of 32 x 32: the numbers" in capsys.readouterr().err
+    damaged = bytearray((place / "small.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (place / "damaged.npz").write_bytes(damaged)
+    with pytest.raises(DataError, match="is damaged or cannot be read"):
+        _evaluate(place, "damaged.npz", **settings)
+
+
+def test_metrics_may_be_written_as_papers_and_lists_do(place, capsys):
+    flags = ["--features", "lite0@32", "--reference", str(place / "data"), "--out", str(place / "words")]
+    assert main(["evaluate", f"{place / 'data'}#validation", *flags, "--metrics", "KID,fd", "kid"]) == 0
+    (path,) = (place / "words").glob("*.json")
+    assert [number.metric for number in read_result(path).numbers] == ["kid", "fd"]
+
+
+def test_too_few_real_images_for_a_floor_are_no_reason_to_fail(place, capsys):
+    reference = str(write_set(place / "seventy", count=70))
+    _, result = _evaluate(place, reference=reference, metrics=("fd_pca64",))
+    assert result.number("fd_pca64").floor is None
+    assert "what real images would get is left out, 70 are too few for two sets" in capsys.readouterr().err
+
+
 def test_nothing_to_evaluate_and_two_sets_of_statistics_are_refused(place):
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         evaluate([])
     with pytest.raises(ConfigError, match="one source"):
-        evaluate(["a", "b"], save_statistics=place / "x.npz")
+        evaluate(["emoji32#train", "emoji32#validation"], save_statistics=place / "x.npz")
