@@ -96,22 +96,27 @@ def distances_of_unions(
     if len(rows) < rows.shape[1]:
         few = _Few.of(rows, reference)
         return [few.distance(torch.isin(groups, torch.tensor(list(union)))) for union in unions]
-    parts = {g: Moments.of(rows[groups == g]) for g in groups.unique().tolist()}
     target = Target.of(reference)
-    ordered = list(map(frozenset, unions))
-    merged: dict[frozenset[int], Moments] = {}
-    distances: list[float] = []
-    for place, union in enumerate(ordered):
+    first, *others = map(frozenset, unions)
+    everything = set(groups.unique().tolist()) <= first
+    whole = Moments.of(rows if everything else rows[torch.isin(groups, torch.tensor(list(first)))])
+    # The exact distance takes the most room, so it comes before the ten groups, 32 MiB each at 2048 features.
+    distances = [target.distance(whole)]
+    if not others:
+        return distances
+    parts = {g: Moments.of(rows[groups == g]) for g in groups.unique().tolist()}
+    merged = {first: whole}
+    for place, union in enumerate(others):
         # Taking a group away is less work than putting nine together, which takes as long as the distance itself.
         larger = next((known for known in merged if _one_more(known, union)), None)
         if larger is None:
             left = Moments.merged(parts[g] for g in union)
         else:
             left = merged[larger].without(parts[next(iter(larger - union))])
-        # 32 MiB each at 2048 features: only what is still to be taken from is kept.
+        # Only what is still to be taken from is kept.
         merged[union] = left
-        merged = {known: m for known, m in merged.items() if any(_one_more(known, u) for u in ordered[place + 1 :])}
-        distances.append(target.distance(left, quick=bool(distances)))
+        merged = {known: m for known, m in merged.items() if any(_one_more(known, u) for u in others[place + 1 :])}
+        distances.append(target.distance(left, quick=True))
     return distances
 
 
