@@ -1,6 +1,6 @@
 """Quality while training: samples of the averaged weights, measured against the training images every so often."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from smalti.evaluation.features import FeatureNetwork, FeatureSet, extract
 from smalti.evaluation.metric import Estimate, check_names, measure
 from smalti.evaluation.metrics import METRICS
 from smalti.evaluation.networks import build_network
+from smalti.evaluation.rehearsal import rehearse
 from smalti.training.config import QualityConfig
 
 _ROWS = 64
@@ -26,6 +27,14 @@ class QualityCheck:
     names: tuple[str, ...]
     network: FeatureNetwork
     reference: FeatureSet
+
+    def sentence(self, step: int, found: Mapping[str, Estimate]) -> str:
+        """What `look` found, in one line for a person."""
+        numbers = []
+        for name, estimate in found.items():
+            reach = "" if estimate.high is None else f" ± {estimate.high - estimate.value:.2g}"
+            numbers.append(f"{METRICS[name].label_for(self.network.identity.name)} {estimate.value:.4g}{reach}")
+        return f"step {step}: {', '.join(numbers)}"
 
     def look(self, images: Iterable[Tensor]) -> dict[str, Estimate]:
         """The numbers of these images, uint8 (B, 3, H, W) pieces, by metric name."""
@@ -41,15 +50,25 @@ def prepare_quality(
     wrong with them or with the feature network is said before hours of training. None if it is never due.
 
     Raises:
-        SmaltiError: an unknown metric or network, missing weights, unreadable images.
+        SmaltiError: an unknown metric or network, missing weights, too few images for a metric, unreadable images.
     """
     if not config.every:
         return None
     network = build_network(config.features, device=str(device))
     check_names(config.metrics, METRICS, network.identity.name)
     kinds = {kind for name in config.metrics for kind in METRICS[name].needs}
-    if missing := kinds - set(network.widths):
+    widths = network.widths
+    if missing := kinds - set(widths):
         raise DataError(f"{config.features} makes no {', '.join(sorted(missing))} features; choose other metrics")
+    count = min(config.reference_images, len(train_indices))
+    rehearse(
+        config.metrics,
+        METRICS,
+        network=network.identity.name,
+        widths={kind: widths[kind] for kind in kinds},
+        count=config.images,
+        reference_count=count,
+    )
     chosen = _choose(train_indices, config.reference_images, seed)
     reference = extract(read_uint8(images, chosen), network, kinds=sorted(kinds))
     return QualityCheck(tuple(config.metrics), network, reference)

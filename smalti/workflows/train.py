@@ -185,7 +185,9 @@ def _run(
                 loss = _validate(run, state)
                 log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
             if run.quality is not None and _due(step, config.quality.every, last):
-                log.write("quality", step, **_quality_values(run.quality.look(_quality_samples(run, state.ema.model))))
+                looked = run.quality.look(_quality_samples(run, state.ema.model))
+                log.write("quality", step, **_quality_values(looked))
+                progress.note(run.quality.sentence(step, looked))
             if _due(step, config.sample_every, last):
                 save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
             if _due(step, config.checkpoint_every, last) or last or stop.received:

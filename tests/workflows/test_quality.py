@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import tiny_config, write_set
 
-from smalti.errors import ConfigError
+from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import NetworkIdentity
 from smalti.evaluation.metric import GROUPS, Metric, Values
 from smalti.evaluation.metrics import METRICS
@@ -75,3 +75,17 @@ def test_a_wrong_name_is_said_before_the_first_step(tmp_path, quality, says):
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match="quality"):
         QualityConfig(**wrong)
+
+
+def test_each_look_is_told_on_the_screen_with_its_uncertainty(tmp_path, capsys):
+    quality = QualityConfig(every=6, images=24, metrics=("gap",), features="means")
+    train(tiny_config(tmp_path / "a", write_set(tmp_path / "data"), quality=quality))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 6: Gap-means ")]
+    assert " ± " in line
+
+
+def test_too_few_images_for_a_metric_are_said_before_the_first_step(tmp_path):
+    quality = QualityConfig(every=4, metrics=("density",), features="means", reference_images=3)
+    with pytest.raises(DataError, match="too few"):
+        train(tiny_config(tmp_path / "run", write_set(tmp_path / "data"), quality=quality))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
