@@ -14,11 +14,11 @@ for kind, row in result["networks"].items():
 if not all(row["validation"] < result[line] for row in result["networks"].values()):
     sys.exit(f"a network is not better than the {line} denoiser on the same triples")
 quality = result["quality"]
-real = quality["held-out images"]
+real = quality["held-out set"]
 for metric in ("kid", "fd_pca64"):
     ranked = sorted((rows[metric]["value"], name) for name, rows in quality.items() if rows is not real)
     best = quality[ranked[0][1]][metric]
-    print(f"{metric}: held-out images {real[metric]['value']:.4g}, " + ", ".join(f"{k} {v:.4g}" for v, k in ranked))
+    print(f"{metric}: held-out set {real[metric]['value']:.4g}, " + ", ".join(f"{k} {v:.4g}" for v, k in ranked))
     if len(ranked) != 4 or real[metric]["high"] >= best["low"]:
         sys.exit(f"held-out real images are not clearly better than every network in {metric}")
 macs = [row["macs"] for row in result["networks"].values()]

@@ -91,7 +91,7 @@ def with_error(value: float, reach: float | None) -> tuple[str, str]:
     """A value and the half-width of its interval, both to the second digit of the latter; "" where there is none."""
     if reach is None:
         return f"{value:.4g}", ""
-    if reach == 0:
+    if reach <= 1e-9 * abs(value):  # rounding of float64 and nothing else, as for copies of one image
         return f"{value:.6g}", "0"
     decimals = _decimals(reach)
     return f"{value:z.{decimals}f}", f"{reach:.{decimals}f}"  # z: no -0.00

@@ -368,4 +368,4 @@ def _footnotes(entries: Sequence[Entry], waived: Iterable[tuple[str, Difference,
 def _of_real(entries: Sequence[Entry]) -> Iterator[str]:
     real = [entry.name for entry in entries if entry.result.protocol.real]
     if real and len(real) < len(entries):
-        yield f"{', '.join(real)}: real images of a data set, which nothing drew; no mark counts them."
+        yield f"{', '.join(real)}: real images, which no model drew; the mark of the best leaves them out."

@@ -17,7 +17,7 @@ from smalti.workflows.evaluate_sources import Drawing, part_of
 
 FEATURES = "lite0@96"
 METRICS = ("kid", "fd_pca64")  # the two that are honest at some hundred images
-HELD_OUT = "held-out images"
+HELD_OUT = "held-out set"
 MICRO_BATCH = 60
 
 

@@ -175,6 +175,8 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
     if drawing.inference != "none":
         source = source.for_inference(drawing.inference, drawing.precision)
 
+    steps = drawing.sampling.num_inference_steps
+
     def read(indices: range, on_step: OnStep) -> Iterator[Tensor]:
         chosen = None if labels is None else [labels[i] for i in indices]
         batches = sample(
@@ -185,7 +187,7 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
             micro_batch=drawing.micro_batch,
             device=device,
             precision=drawing.precision,
-            on_step=lambda done, total, _: on_step(f"sampler step {done} of {total}"),
+            on_step=lambda done, total, _: on_step(f"sampler step {(done - 1) % steps + 1} of {steps}"),
         )
         return (to_uint8(_finite(batch.images, batch.seeds)) for batch in batches)
 

@@ -47,7 +47,7 @@ def test_a_held_out_real_set_stands_beside_a_run(show):
     drawn = ("class_labels", "sampling", "ema", "precision", "inference", "decoder")
     lines = show(result("dit"), result("emoji32#validation", 2.0, **dict.fromkeys(drawn), real=True))
     assert [line.split()[0] for line in lines if "±" in line][:2] == ["emoji32#validation", "dit"]
-    assert "emoji32#validation: real images of a data set, which nothing drew; no mark counts them." in lines
+    assert "emoji32#validation: real images, which no model drew; the mark of the best leaves them out." in lines
 
 
 def test_sources_that_cannot_share_a_table_are_told_one_by_one_with_the_reason(show):

@@ -55,6 +55,10 @@ def test_a_rounded_number_is_nearer_to_the_truth_than_a_twentieth_of_its_error(e
         assert abs(float(error) - reach) <= reach / 19
 
 
+def test_what_is_only_rounding_is_not_printed_to_its_second_digit():
+    assert with_error(11.547649613587556, 1.2e-14) == ("11.5476", "0")
+
+
 def test_an_interval_that_a_bound_cuts_shows_its_longer_side_and_none_shows_none():
     assert half_width(Estimate(0.99, 0.01, 0.97, 1.0)) == pytest.approx(0.02)
     assert half_width(Estimate(0.99)) is None

@@ -163,7 +163,7 @@ def test_real_images_stand_beside_models_without_asking_and_without_the_mark(wri
     assert found.waived == ()
     assert found.table.columns[0].best == "a"
     assert "FID: held-out is better than a by 8.00 ± 0.32." in found.table.statements
-    assert found.table.notes == ["held-out: real images of a data set, which nothing drew; no mark counts them."]
+    assert found.table.notes == ["held-out: real images, which no model drew; the mark of the best leaves them out."]
     with pytest.raises(ConfigError, match="count: 5000 in a, 10 in few"):
         compare([*models, write("few", **dict.fromkeys(DRAWN), real=True, count=10)])
     assert compare([real]).table.notes == []

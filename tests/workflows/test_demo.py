@@ -116,10 +116,10 @@ def test_the_demo_writes_its_page_and_an_interruption_changes_nothing_of_it(tmp_
         assert f"{row['validation']:.4f}" in page
     assert f"{found['linear']:.4f}" in page
     assert page.count("<svg") == 2 + 2  # losses; two metrics
-    assert list(found["quality"]) == ["DiT", "Diffusion-RWKV", "held-out images"]
+    assert list(found["quality"]) == ["DiT", "Diffusion-RWKV", "held-out set"]
     for name, metrics in found["quality"].items():
         assert list(metrics) == ["kid", "fd_pca64"]
-        assert metrics["kid"]["value"] > found["quality"]["held-out images"]["kid"]["value"] or "held" in name
+        assert metrics["kid"]["value"] > found["quality"]["held-out set"]["kid"]["value"] or "held" in name
     other = (stopped / "index.html").read_text(encoding="utf-8")
     pictures = re.compile(r"<img src='[^']+'[^>]*alt='[^']*samples of")
     assert pictures.findall(page) == pictures.findall(other)
