@@ -115,7 +115,7 @@ def evaluate(
         looking = _Looking(me, network, FeatureCache(cache_folder() / "features", note))
         needed = sorted(kinds_of_reference(names) | ({"pool"} if any(copies_of) else set()))
         real_set = looking.real(real, needed) if real is not None else None
-        floors: dict[int, Floor] = {}
+        floors: dict[int, Floor | None] = {}
         for ours, trained in zip(all_ours, copies_of, strict=True):
             started = time.monotonic()
             training_sets = [looking.images(images, ("pool",)) for images in trained]
@@ -123,27 +123,24 @@ def evaluate(
             if found is None:
                 continue
             if save_statistics is not None:
-                moments = {kind: found.moments(kind) for kind in ("pool", "spatial") if kind in found.features}
-                write_statistics(save_statistics, moments, network.identity, ours.source.name, found.count)
-                note(f"statistics in {save_statistics}")
+                _save_statistics(save_statistics, found, network, ours)
             if not names:
                 continue
             note(f"computing {', '.join(names)}")
             estimates = measure(found, real_set, names, METRICS, network=called, intervals=intervals)
-            real_count = real_set.count if floor and real_set is not None else 0
-            if real_count and found.count not in floors and _has_floor(found.count, real_count, names, network):
-                assert real_set is not None
-                floors[found.count] = clean_floor(real_set, found.count, names, METRICS, network=called)
+            if floor and real_set is not None and found.count not in floors:
+                floors[found.count] = _floor(found.count, real_set, names, network)
+            protocol = Protocol(
+                count=found.count,
+                network=network.identity,
+                reference=real.reference if real is not None else None,
+                metrics=rules_of(names, METRICS),
+                smalti=__version__,
+                **ours.known,
+            )
             result = Result(
                 source=ours.source,
-                protocol=Protocol(
-                    count=found.count,
-                    network=network.identity,
-                    reference=real.reference if real is not None else None,
-                    metrics=rules_of(names, METRICS),
-                    smalti=__version__,
-                    **ours.known,
-                ),
+                protocol=protocol,
                 numbers=_numbers(estimates, called, floors.get(found.count)),
                 memorisation=_copies(found, training_sets),
                 machine=_machine(where, me),
@@ -234,18 +231,27 @@ def _check_sizes(
             )
 
 
-def _has_floor(count: int, real_count: int, names: Sequence[str], network: FeatureNetwork) -> bool:
-    """Whether real images are enough to stand in for ours as well; said where they are not."""
-    taken = min(count, real_count // 2)
+def _save_statistics(path: Path, found: FeatureSet, network: FeatureNetwork, ours: MeasuredImages) -> None:
+    moments = {kind: found.moments(kind) for kind in ("pool", "spatial") if kind in found.features}
+    write_statistics(path, moments, network.identity, ours.source.name, found.count)
+    note(f"statistics in {path}")
+
+
+def _floor(count: int, real_set: FeatureSet, names: Sequence[str], network: FeatureNetwork) -> Floor | None:
+    """What real images would get in place of as many of ours; None, and said, where they are not enough for both."""
+    if not real_set.count:
+        return None
+    taken = min(count, real_set.count // 2)
     comparing = [name for name in names if METRICS[name].reference != "nothing"]
     widths = {kind: network.widths[kind] for kind in kinds_of_reference(names)}
     called = network.identity.name
+    left = real_set.count - taken
     try:
-        rehearse(comparing, METRICS, network=called, widths=widths, count=taken, reference_count=real_count - taken)
+        rehearse(comparing, METRICS, network=called, widths=widths, count=taken, reference_count=left)
     except DataError as error:
-        note(f"what real images would get is left out, {real_count:,} are too few for two sets: {error}")
-        return False
-    return True
+        note(f"what real images would get is left out, {real_set.count:,} are too few for two sets: {error}")
+        return None
+    return clean_floor(real_set, count, names, METRICS, network=called)
 
 
 def _place(result: Result, out: Path | None, home: Path) -> Path:
