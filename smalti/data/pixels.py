@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from smalti.data.batch import to_unit_range
@@ -17,5 +17,14 @@ def read_images(image_set: ImageSet, indices: Iterable[int]) -> Float[Tensor, "N
     Raises:
         DataError: a file cannot be read any more.
     """
+    return to_unit_range(read_pixels(image_set, indices))
+
+
+def read_pixels(image_set: ImageSet, indices: Iterable[int]) -> UInt8[Tensor, "N C H W"]:
+    """The same as they are stored, 8-bit.
+
+    Raises:
+        DataError: a file cannot be read any more.
+    """
     pixels = np.stack([image_set.read(int(index)) for index in indices])
-    return to_unit_range(torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))

@@ -191,19 +191,15 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
         )
         return (to_uint8(_finite(batch.images, batch.seeds)) for batch in batches)
 
-    known = {
-        "image_size": source.config.sample_size,
-        "class_labels": drawing.label_rule if labels is not None else "unconditional",
-        "sampling": sampling_facts(
-            drawing.sampling,
-            flow=source.objective.schedule == "flow",
-            learned_variance=source.config.learned_variance,
-        ),
-        "ema": _averaged(source.weights),
-        "precision": drawing.precision,
-        "inference": drawing.inference,
-        "decoder": "pixels",
-    }
+    known = {"image_size": source.config.sample_size} | _drawn(
+        drawing.label_rule if labels is not None else "unconditional",
+        drawing.sampling,
+        schedule=source.objective.schedule,
+        learned_variance=source.config.learned_variance,
+        weights=source.weights,
+        precision=drawing.precision,
+        inference=drawing.inference,
+    )
     named = ResultSource(name=run.resolve().name, path=str(run), model=facts)
     return MeasuredImages(named, len(seeds), drawing.micro_batch, known, read, run / "evaluation", run)
 
@@ -247,23 +243,37 @@ def _recorded(folder: Path, count: int, known: dict[str, Any]) -> tuple[dict[str
             f"{folder} is a set of {made.count} samples, {count} of them are there; finish it with the command that "
             "started it, or remove its sample.json to measure what is there as images of unknown origin"
         )
-    rule = "unconditional" if made.label_rule.rule == "none" else made.label_rule.rule
-    known = known | {
-        "class_labels": rule,
-        "sampling": sampling_facts(
-            made.sampling, flow=model.schedule == "flow", learned_variance=model.learned_variance
-        ),
-        "ema": _averaged(model.weights),
-        "precision": made.precision,
-        "inference": made.inference,
-        "decoder": "pixels",
-    }
+    known = known | _drawn(
+        "unconditional" if made.label_rule.rule == "none" else made.label_rule.rule,
+        made.sampling,
+        schedule=model.schedule,
+        learned_variance=model.learned_variance,
+        weights=model.weights,
+        precision=made.precision,
+        inference=made.inference,
+    )
     return known, {"kind": model.kind, "weights": model.weights, "steps": model.steps, "path": model.path}
 
 
-def _averaged(weights: str) -> bool | None:
-    """Whether these are moving averages; None where nobody knows."""
-    return None if weights == "unknown" else weights == "ema"
+def _drawn(
+    class_labels: str,
+    sampling: SamplingConfig,
+    *,
+    schedule: str,
+    learned_variance: bool,
+    weights: str,
+    precision: str,
+    inference: str,
+) -> dict[str, Any]:
+    """What a protocol holds of images that a model drew, now or earlier."""
+    return {
+        "class_labels": class_labels,
+        "sampling": sampling_facts(sampling, flow=schedule == "flow", learned_variance=learned_variance),
+        "ema": None if weights == "unknown" else weights == "ema",
+        "precision": precision,
+        "inference": inference,
+        "decoder": "pixels",
+    }
 
 
 def open_training(run: Path | None, training: str | None, options: Mapping[str, Any]) -> list[ImageSource]:

@@ -1,6 +1,6 @@
 """Quality while training: samples of the averaged weights, measured against the training images every so often."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from smalti import streams
 from smalti.data import ImageSet
+from smalti.data.pixels import read_pixels
 from smalti.errors import DataError
 from smalti.evaluation.features import FeatureNetwork, FeatureSet, extract
 from smalti.evaluation.metric import Estimate, check_names, measure
@@ -70,7 +71,8 @@ def prepare_quality(
         reference_count=count,
     )
     chosen = _choose(train_indices, config.reference_images, seed)
-    reference = extract(read_uint8(images, chosen), network, kinds=sorted(kinds))
+    pieces = (read_pixels(images, chosen[start : start + _ROWS]) for start in range(0, len(chosen), _ROWS))
+    reference = extract(pieces, network, kinds=sorted(kinds))
     return QualityCheck(tuple(config.metrics), network, reference)
 
 
@@ -79,10 +81,3 @@ def _choose(indices: Sequence[int] | np.ndarray, count: int, seed: int) -> list[
     order = streams.key(seed, streams.GROUPS)
     places = sorted(streams.permute(i, len(indices), order) for i in range(min(count, len(indices))))
     return [int(indices[place]) for place in places]
-
-
-def read_uint8(images: ImageSet, indices: Sequence[int]) -> Iterator[Tensor]:
-    """Images of a set as uint8 (B, 3, H, W) pieces, in the order asked for."""
-    for start in range(0, len(indices), _ROWS):
-        pixels = np.stack([images.read(int(index)) for index in indices[start : start + _ROWS]])
-        yield torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
