@@ -21,10 +21,24 @@ class World:
 
     Args:
         rank: 0 to size - 1; the first one writes and reports.
+        local_rank: among those of this machine; None where nobody says.
     """
 
     rank: int = 0
     size: int = 1
+    local_rank: int | None = None
+
+    @classmethod
+    def launched(cls) -> "World":
+        """As `torchrun`, or whoever starts processes as it does, describes it; a world of one where nobody does."""
+        rank, size, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls(int(rank or 0), max(1, int(size or 1)), None if local is None else int(local))
+
+    def device(self, device: torch.device) -> torch.device:
+        """`cuda` without a number is another GPU for each process of a machine; anything else is what it is."""
+        if device.type != "cuda" or device.index is not None or self.local_rank is None:
+            return device
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def share(self, count: int, unit: int) -> range:
         """This process's part of `range(count)`: contiguous, in order of rank, cut at multiples of `unit`."""
@@ -80,13 +94,13 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    """The world that `torchrun` describes in the environment, connected; a world of one where there is none."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World()
+    """`World.launched`, connected."""
+    me = World.launched()
+    if me.size == 1:
+        yield me
         return
     torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield World(torch.distributed.get_rank(), size)
+        yield me
     finally:
         torch.distributed.destroy_process_group()

@@ -92,7 +92,7 @@ def evaluate(
     Raises:
         SmaltiError: whatever the user can mend, as early as it can be known.
     """
-    where = resolve_device(device)
+    where = World.launched().device(resolve_device(device))
     _check_request(sources, reference, metrics, drawing, training, save_statistics, out)
     options = {"image_size": image_size, "convert": convert}
     network = build_network(features, device=str(where))

@@ -28,6 +28,7 @@ from smalti.training.config import RunConfig
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.run_folder import CONFIG, load_config
 from smalti.workflows.sample import MOST_IMAGES, load_source, read_classes, sample
+from smalti.world import World
 
 PAPER_IMAGES = 50_000
 MOST_TRAINING_IMAGES = 100_000  # looked at unasked
@@ -382,7 +383,7 @@ def open_real(
 
 def is_first_process() -> bool:
     """Whether this process speaks for all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    return World.launched().rank == 0
 
 
 def note(text: str) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +20,7 @@ from smalti.storage.sealed import smalti_version
 from smalti.training.device import resolve_device
 from smalti.workflows.out_folder import check_folder
 from smalti.workflows.sample import Source, load_source, parse_seeds, read_classes, sample
+from smalti.world import World
 
 CHUNK_SIZE = 64  # images, or the next multiple of micro_batch
 
@@ -56,21 +56,6 @@ class SampleSettings:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which of several processes this is, where torchrun or a scheduler says so; it decides no bit of the images."""
-
-    rank: int
-    world: int
-    device_index: int | None
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> "Place":
-        rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-        local = environment.get("LOCAL_RANK")
-        return cls(rank, max(world, 1), None if local is None else int(local))
-
-
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
     """Settings that were found to be good, with the network and the labels that they lead to.
@@ -87,7 +72,7 @@ class SampleRequest:
     record: SampleRecord
 
 
-def read_request(settings: SampleSettings, place: Place) -> SampleRequest:
+def read_request(settings: SampleSettings, place: World) -> SampleRequest:
     """Everything that can be wrong is found here, where nothing is written.
 
     Raises:
@@ -95,8 +80,7 @@ def read_request(settings: SampleSettings, place: Place) -> SampleRequest:
     """
     check_folder(settings.out, "--out")
     where = resolve_device(settings.device)
-    if where.type == "cuda" and where.index is None and place.device_index is not None:
-        where = torch.device("cuda", place.device_index % torch.cuda.device_count())
+    where = place.device(where)
     seeds = parse_seeds(settings.seeds)
     if len(set(seeds)) < len(seeds):
         (twice, _), *_ = Counter(seeds).most_common(1)

@@ -37,7 +37,8 @@ from smalti.training.stop import StopRequest
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.sample import sample
 from smalti.workflows.sample_folder import GRID, NPZ, YAML, open_store, png_name, settle
-from smalti.workflows.sample_request import Place, SampleRequest, SampleSettings, read_range, read_request
+from smalti.workflows.sample_request import SampleRequest, SampleSettings, read_range, read_request
+from smalti.world import World
 
 GRID_IMAGES = 64
 _LISTED = 1000  # labels in sample.yaml; it is for people
@@ -72,7 +73,7 @@ def sample_set(settings: SampleSettings, *, fs: FileSystem | None = None) -> Sam
         SmaltiError: whatever the user can mend; nothing is written before all settings are known to be good.
     """
     fs = LocalFileSystem() if fs is None else fs
-    place = Place.of(os.environ)
+    place = World.launched()
     request = read_request(settings, place)
     record = settle(settings, request.record, fs)
     wanted = read_range(settings.chunks, record.identity)
@@ -93,7 +94,7 @@ class _Work:
     record: SampleRecord
     store: ChunkStore
     wanted: range
-    place: Place
+    place: World
     fs: FileSystem
 
     @property
@@ -123,7 +124,7 @@ class _Work:
         return SampleResult(self._results())
 
     def _make_chunks(self, stop: StopRequest, progress: ProgressReport) -> None:
-        start = self.place.rank * len(self.wanted) // self.place.world
+        start = self.place.rank * len(self.wanted) // self.place.size
         over = lambda: stop.received is not None or self._complete()  # noqa: E731
         with contextlib.closing(self.store.work(self.wanted, start=start, over=over)) as chunks:
             for index in chunks:

@@ -191,8 +191,11 @@ def orphan(folder, pipe):
     store = ChunkStore(folder, 1, "a")
     store.open()
     claim = store.claim(0)
+    ready, told = os.pipe()
     if os.fork() == 0:
+        os.write(told, b"1")  # it runs, and so has let go of what it inherited
         signal.pause()
+    os.read(ready, 1)
     os.write(pipe, b"1" if claim else b"0")
     signal.pause()
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from smalti.world import World, world
 
@@ -59,3 +60,15 @@ def test_a_process_that_ends_early_is_one_line_and_no_wait(tmp_path):
     ended = _torchrun(tmp_path, "dies")
     assert ended.returncode != 0
     assert "waited for another one that ended" in ended.stderr or "exitcode  : 3" in ended.stderr
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    me = World.launched()
+    assert (me.rank, me.size, me.local_rank) == (5, 8, 3)
+    assert me.device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert me.device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert me.device(torch.device("cpu")) == torch.device("cpu")
+    assert World().device(torch.device("cuda")) == torch.device("cuda")
