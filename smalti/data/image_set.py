@@ -1,4 +1,4 @@
-"""What every image set can do, and the one kind that holds all its pixels in one array."""
+"""What every set of examples knows of itself, what an image set can do, and the kind that is one array of pixels."""
 
 import hashlib
 import json
@@ -10,16 +10,12 @@ import numpy as np
 
 
 @runtime_checkable
-class ImageSet(Protocol):
-    """Images of one size, in a fixed order, with their classes and names."""
+class Catalogue(Protocol):
+    """Examples in a fixed order, with their classes and names: all that splits and sample orders look at."""
 
     @property
     def name(self) -> str:
         """What the user called it: `emoji32`, or the folder's own name."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Rows and columns in pixels."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -42,7 +38,16 @@ class ImageSet(Protocol):
         """SHA-256 in hex over names, labels, sizes and contents; equal for equal data on any machine."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of examples."""
+
+
+@runtime_checkable
+class ImageSet(Catalogue, Protocol):
+    """A catalogue of images of one size."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Rows and columns in pixels."""
 
     def read(self, index: int) -> np.ndarray:
         """uint8 (H, W, 3) RGB of one image; not to be written to.

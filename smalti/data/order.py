@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smalti.data.image_set import ImageSet
+from smalti.data.image_set import Catalogue
 from smalti.errors import ConfigError, DataError
 from smalti.streams import ORDER, SPLIT, key, permute
 
@@ -19,7 +19,7 @@ class Split:
     validation: np.ndarray
 
 
-def split(image_set: ImageSet, validation_fraction: float, seed: int, *, allow_empty: bool = False) -> Split:
+def split(image_set: Catalogue, validation_fraction: float, seed: int, *, allow_empty: bool = False) -> Split:
     """Set images aside by name, so that all images of one name (skin tones, styles, twins) fall on the same side.
 
     Names are ranked by a key of (seed, name) and the first ones go to validation. Each name's key depends on no other
