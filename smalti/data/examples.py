@@ -76,8 +76,14 @@ class PixelExamples:
     """Images as they are."""
 
     images: ImageSet
-    codec: CodecFacts = CodecFacts()
-    can_flip: bool = True
+
+    @property
+    def codec(self) -> CodecFacts:
+        return CodecFacts()
+
+    @property
+    def can_flip(self) -> bool:
+        return True
 
     @property
     def catalogue(self) -> Catalogue:
