@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.record import Recorder, add_common_options, positive, prepare, table
 from smalti.models import BACKBONES
-from smalti.training.baselines import baselines, image_moments
+from smalti.training.baselines import baselines, example_moments
 from smalti.training.config import RunConfig
 from smalti.training.loop import train_steps
 from smalti.training.validation import validate
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
                 pass
             seconds = time.perf_counter() - started
             loss = validate(state.ema.model, run.triples, config.objective.prediction, unit="x0")
-            lines = baselines(image_moments(run.images, run.split.train.tolist()), run.triples, "x0")
+            lines = baselines(example_moments(run.examples, run.split.train.tolist()), run.triples, "x0")
             recorder.add(
                 variant=name,
                 images=config.steps * config.batch_size,

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.record import Recorder, add_common_options, positive, prepare, table
 from smalti.cost.macs import count_macs
 from smalti.models import BACKBONES
-from smalti.training.baselines import baselines, image_moments
+from smalti.training.baselines import baselines, example_moments
 from smalti.training.loop import train_steps
 from smalti.training.validation import validate, validation_unit
 from smalti.workflows.demo import recipe
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
                     pass
                 seconds = time.perf_counter() - started
                 loss = validate(state.ema.model, run.triples, config.objective.prediction, unit=unit)
-                lines = baselines(image_moments(run.images, run.split.train.tolist()), run.triples, unit)
+                lines = baselines(example_moments(run.examples, run.split.train.tolist()), run.triples, unit)
             recorder.add(
                 network=network,
                 seed=seed,

@@ -10,7 +10,7 @@ _MASK = (1 << 64) - 1
 
 # Stream ids. Numbers, not names, because a stored run depends on them: never renumber, only append.
 ORDER, AUGMENT, NOISE, TIMESTEP, LABEL_DROP, SAMPLE_NOISE, SAMPLE_LABEL, SPLIT, INIT, VALIDATION, DEPTH = range(1, 12)
-GROUPS = 12
+GROUPS, POSTERIOR = 12, 13
 
 
 def splitmix64(x: int) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,6 +30,7 @@ class ExampleBatch:
     indices: Int[Tensor, "B"]
 
 
+@runtime_checkable
 class Examples(Protocol):
     """A catalogue, and the way from its entries to x0."""
 

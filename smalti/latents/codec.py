@@ -1,7 +1,7 @@
 """Between images and what a network is trained on. Pixel space is the codec that changes nothing."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -66,6 +66,7 @@ class Posterior(NamedTuple):
         return self.mean + self.std * eps
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Encodes images and decodes latents; holds no state that either changes."""
 

@@ -3,18 +3,18 @@
 Until a network's loss is below that of the linear denoiser, it has only learned a filter.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.data import ImageSet
-from smalti.data.pixels import read_images
+from smalti.data.examples import Examples
 from smalti.diffusion.prediction import add_noise, x0_weights
 from smalti.training.validation import StrataLoss, Triples, by_stratum
 
-MAX_IMAGES = 4096
+MAX_EXAMPLES, MAX_VALUES = 4096, 2**28
 SHRINKAGE = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 
 
@@ -33,17 +33,18 @@ class Baselines:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean of the training images, and the principal axes of their covariance with the variance along each."""
+    """Mean of the training examples, and the principal axes of their covariance with the variance along each."""
 
     mean: Float[Tensor, "P"]
     axes: Float[Tensor, "P R"]
     variances: Float[Tensor, "R"]
 
 
-def image_moments(image_set: ImageSet, indices: list[int]) -> Moments:
-    """Float64 moments of at most 4096 images, by way of the smaller of covariance and Gram matrix."""
-    stride = -(-len(indices) // MAX_IMAGES)
-    x = read_images(image_set, indices[::stride]).flatten(1).double()
+def example_moments(examples: Examples, indices: list[int]) -> Moments:
+    """Float64 moments of at most 4096 examples, by way of the smaller of covariance and Gram matrix."""
+    count = min(MAX_EXAMPLES, MAX_VALUES // math.prod(examples.sample_shape))
+    stride = -(-len(indices) // max(2, count))
+    x = examples.x0(indices[::stride]).flatten(1).double()
     mean = x.mean(0)
     centred = (x - mean) / max(1, len(x) - 1) ** 0.5
     tall = centred.shape[0] > centred.shape[1]

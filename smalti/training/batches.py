@@ -1,4 +1,4 @@
-"""From a step number to everything that the step needs: images, labels, noise, levels, all functions of counters."""
+"""From a step number to everything that the step needs: examples, labels, noise, levels, all functions of counters."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti import streams
-from smalti.data import ImageSet, SampleOrder, load_batch
+from smalti.data import SampleOrder
+from smalti.data.examples import Examples
 from smalti.diffusion.labels import drop_labels, drop_mask
 from smalti.diffusion.levels import LevelBatch, Schedule
 from smalti.diffusion.objectives import ObjectiveConfig, draw_levels
@@ -16,13 +17,18 @@ from smalti.diffusion.timesteps import keyed_uniforms
 
 @dataclass(frozen=True, eq=False)
 class TrainBatch:
-    """What the loss of one step, or of a part of one, is a function of; all on the CPU."""
+    """What the loss of one step, or of a part of one, is a function of; all on the CPU.
+
+    Attributes:
+        indices: which examples of the set these are; None where they are of no set.
+    """
 
     x0: Float[Tensor, "B C H W"]
     class_labels: Int[Tensor, "B"] | Int[Tensor, "B K"] | None
     eps: Float[Tensor, "B C H W"]
     levels: LevelBatch
     positions: range
+    indices: Int[Tensor, "B"] | None = None
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -32,7 +38,7 @@ class TrainBatch:
 class BatchSource:
     """Batches of a run by sample position.
 
-    Position p of the run is the same image with the same flip, noise, level and label fate whatever the batch size,
+    Position p of the run is the same example with the same flip, noise, level and label fate whatever the batch size,
     the micro-batch, the number of processes or the moment of the last restart.
 
     Args:
@@ -41,7 +47,7 @@ class BatchSource:
         label_tables: of the network; see `label_drop` of the objective.
     """
 
-    image_set: ImageSet
+    examples: Examples
     order: SampleOrder
     schedule: Schedule
     objective: ObjectiveConfig
@@ -54,12 +60,12 @@ class BatchSource:
     def at(self, start: int, count: int) -> TrainBatch:
         """The samples at positions `start` to `start + count - 1`."""
         positions = range(start, start + count)
-        images = load_batch(self.image_set, self.order, positions, flip=self.flip, seed=self.seed)
-        labels = images.class_labels if self.conditional else None
+        loaded = self.examples.load(self.order, positions, flip=self.flip, seed=self.seed)
+        labels = loaded.class_labels if self.conditional else None
         if labels is not None and self.null_class is not None:
             labels = self._hide(labels, positions, self.null_class)
         levels = draw_levels(self.schedule, self.objective, keyed_uniforms(self.seed, streams.TIMESTEP, positions))
-        return TrainBatch(images.images, labels, self._noise(positions, images.images), levels, positions)
+        return TrainBatch(loaded.x0, labels, self._noise(positions, loaded.x0), levels, positions, loaded.indices)
 
     def _hide(self, labels: Tensor, positions: range, null_class: int) -> Tensor:
         """One draw for all label tables, (B,), or one for each, (B, tables)."""

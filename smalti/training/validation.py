@@ -7,8 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smalti import streams
-from smalti.data import ImageSet
-from smalti.data.pixels import read_images
+from smalti.data.examples import Examples
 from smalti.diffusion.levels import LevelBatch, Schedule
 from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.diffusion.prediction import add_noise, training_target, x0_weights
@@ -45,7 +44,7 @@ class StrataLoss:
 
 
 def make_triples(
-    image_set: ImageSet, indices: list[int], schedule: Schedule, seed: int, *, conditional: bool = True
+    examples: Examples, indices: list[int], schedule: Schedule, seed: int, *, conditional: bool = True
 ) -> Triples:
     """Each image meets as many of the eight strata as fit into MAX_TRIPLES triples; neighbours meet different ones.
 
@@ -63,14 +62,15 @@ def make_triples(
         for place, image in enumerate(chosen)
     ]
     picked = [image for _, image, _ in rows]
-    x0 = read_images(image_set, picked)
+    x0 = examples.x0(picked)
     eps = torch.empty_like(x0)
     for row, (noise, (place, _, stratum)) in enumerate(zip(eps, rows, strict=True)):
         noise.normal_(generator=streams.generator(seed, streams.VALIDATION, place, stratum, row))
     within = [streams.uniform(seed, streams.VALIDATION, place, stratum) for place, _, stratum in rows]
     strata = torch.tensor([stratum for _, _, stratum in rows])
     levels = schedule.at((strata + torch.tensor(within, dtype=torch.float64)) / STRATA)
-    labels = torch.from_numpy(image_set.class_labels[picked]) if conditional and image_set.class_names else None
+    labelled = conditional and examples.catalogue.class_names
+    labels = torch.from_numpy(examples.catalogue.class_labels[picked]) if labelled else None
     return Triples(x0, labels, eps, levels, strata)
 
 

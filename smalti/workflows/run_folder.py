@@ -5,11 +5,11 @@ from pathlib import Path
 import yaml
 
 from smalti.config import from_dict, to_dict
-from smalti.data import ImageSet
+from smalti.data.image_set import Catalogue
 from smalti.errors import CheckpointError, ConfigError
 from smalti.models import BackboneConfig
 from smalti.report.files import write_text
-from smalti.training.config import IDENTITY, RunConfig
+from smalti.training.config import IDENTITY, INCIDENTAL, RunConfig
 
 CONFIG, RESOLVED = "config.yaml", "resolved.yaml"
 
@@ -29,7 +29,7 @@ def load_config(path: Path) -> RunConfig:
     return from_dict(RunConfig, data if data is not None else {}, str(path))
 
 
-def settle_config(config: RunConfig, images: ImageSet, model: BackboneConfig) -> list[str]:
+def settle_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig) -> list[str]:
     """Refuse to continue another run; then write down what this one is.
 
     Returns:
@@ -41,14 +41,17 @@ def settle_config(config: RunConfig, images: ImageSet, model: BackboneConfig) ->
     path, identity = config.out / CONFIG, config.out / RESOLVED
     changed: dict[str, str] = {}
     if path.exists():
-        changed = changes(load_config(path), config)
-        other = [f"{name}: {text}" for name, text in changed.items() if name in IDENTITY]
+        before = load_config(path)
+        changed = changes(before, config)
+        other = [
+            f"{name}: {text}" for name, text in changed.items() if name in IDENTITY and _matters(name, before, config)
+        ]
         if other:
             raise ConfigError(f"{config.out} holds another run ({'; '.join(other)}); choose another --out")
-    resolved = {"model": to_dict(model), "data": {"name": images.name, "fingerprint": images.fingerprint}}
-    if identity.exists() and yaml.safe_load(identity.read_text())["data"]["fingerprint"] != images.fingerprint:
+    resolved = {"model": to_dict(model), "data": {"name": catalogue.name, "fingerprint": catalogue.fingerprint}}
+    if identity.exists() and yaml.safe_load(identity.read_text())["data"]["fingerprint"] != catalogue.fingerprint:
         raise CheckpointError(
-            f"{config.out} was trained on other images than {config.data.path} holds now; choose another --out"
+            f"{config.out} was trained on other examples than {config.data.path} holds now; choose another --out"
         )
     for target, content in ((path, to_dict(config)), (identity, resolved)):
         write_text(target, yaml.safe_dump(content, sort_keys=False))
@@ -59,3 +62,11 @@ def changes(before: RunConfig, now: RunConfig) -> dict[str, str]:
     """Settings that differ, but for where the run lies."""
     old, new = to_dict(before), to_dict(now)
     return {name: f"{old[name]} -> {new[name]}" for name in new if name != "out" and old[name] != new[name]}
+
+
+def _matters(name: str, before: RunConfig, now: RunConfig) -> bool:
+    """Whether more of this setting differs than what changes no bit of a run."""
+    old, new = to_dict(before)[name], to_dict(now)[name]
+    if not isinstance(new, dict):
+        return True
+    return any(old[part] != value for part, value in new.items() if f"{name}.{part}" not in INCIDENTAL)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from smalti import streams
 from smalti.checkpoints import CheckpointStore, RunLock, save_model
 from smalti.config import to_dict
-from smalti.data import ImageSet, SampleOrder, Split, load_image_set, split, to_uint8
+from smalti.data import SampleOrder, Split, load_image_set, split, to_uint8
+from smalti.data.examples import Examples, PixelExamples
+from smalti.data.image_set import Catalogue
 from smalti.diffusion.levels import Schedule, build_schedule
 from smalti.errors import ConfigError, PreemptedError
 from smalti.evaluation.metric import Estimate
@@ -22,7 +24,7 @@ from smalti.models import BackboneConfig, build_backbone, config_of
 from smalti.presets import parse_overrides, preset_config
 from smalti.report.images import save_grid
 from smalti.sampling import sample_latents
-from smalti.training.baselines import Baselines, baselines, image_moments
+from smalti.training.baselines import Baselines, baselines, example_moments
 from smalti.training.batches import BatchSource
 from smalti.training.config import RunConfig
 from smalti.training.device import autocast_dtype, resolve_device
@@ -57,21 +59,26 @@ class Run:
 
     config: RunConfig
     device: torch.device
-    images: ImageSet
+    examples: Examples
     split: Split
     schedule: Schedule
     batches: BatchSource
     triples: Triples | None
     quality: QualityCheck | None
 
+    @property
+    def catalogue(self) -> Catalogue:
+        return self.examples.catalogue
 
-def model_config(config: RunConfig, images: ImageSet) -> BackboneConfig:
-    """The preset, fitted to the images (size, channels, classes), then changed as the user says."""
+
+def model_config(config: RunConfig, examples: Examples) -> BackboneConfig:
+    """The preset, fitted to the examples (size, channels, classes), then changed as the user says."""
     wanted = parse_overrides(config.override)
+    channels, rows, columns = examples.sample_shape
     fitted: dict[str, Any] = {
-        "sample_size": images.image_size,
-        "in_channels": 3,
-        "num_classes": len(images.class_names),
+        "sample_size": (rows, columns),
+        "in_channels": channels,
+        "num_classes": len(examples.catalogue.class_names),
     }
     if config.objective.schedule == "flow":
         fitted["learned_variance"] = False  # a path without steps has no step variance to learn
@@ -90,7 +97,7 @@ def train(config: RunConfig, *, on_step: Callable[[StepReport], None] | None = N
     """
     run, model = prepare_run(config)
     with RunLock(config.out):
-        changed = settle_config(config, run.images, model)
+        changed = settle_config(config, run.catalogue, model)
         state = new_state(run, model)
         store = CheckpointStore(config.out / "checkpoints", keep_last=config.keep_checkpoints, sole_writer=True)
         return _run(run, state, store, changed, on_step)
@@ -104,7 +111,8 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
     """
     device = resolve_device(config.device)
     images = load_image_set(config.data.path, config.data.image_size, skip_unreadable=config.data.skip_unreadable)
-    model = model_config(config, images)
+    examples = PixelExamples(images)
+    model = model_config(config, examples)
     conditional = bool(images.class_names) and model.num_classes > 0  # num_classes=0 trains without the labels
     if conditional and config.objective.label_dropout and not model.null_class:
         raise ConfigError("label_dropout hides labels behind the null class: set null_class=true or label_dropout 0")
@@ -119,7 +127,7 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
     labels = images.class_labels if images.class_names else None
     order = SampleOrder(parts.train, config.seed, class_balanced=config.data.class_balanced, class_labels=labels)
     batches = BatchSource(
-        image_set=images,
+        examples=examples,
         order=order,
         schedule=schedule,
         objective=config.objective,
@@ -130,9 +138,9 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
         seed=config.seed,
     )
     held_out = parts.validation.tolist()
-    triples = make_triples(images, held_out, schedule, config.seed, conditional=conditional) if held_out else None
+    triples = make_triples(examples, held_out, schedule, config.seed, conditional=conditional) if held_out else None
     quality = prepare_quality(config.quality, images, parts.train, config.seed, device)
-    return Run(config, device, images, parts, schedule, batches, triples, quality), model
+    return Run(config, device, examples, parts, schedule, batches, triples, quality), model
 
 
 def new_state(run: Run, model: BackboneConfig) -> TrainState:
@@ -206,15 +214,15 @@ def model_extra(run: Run, step: int) -> dict[str, Any]:
     """What a finished model must know to be sampled from: what it predicts, on which schedule, and its classes."""
     return {
         "objective": to_dict(run.config.objective),
-        "class_names": list(run.images.class_names) if run.batches.conditional else [],
+        "class_names": list(run.catalogue.class_names) if run.batches.conditional else [],
         "value_range": [-1, 1],
-        "trained": {"data": run.config.data.path, "fingerprint": run.images.fingerprint, "steps": step},
+        "trained": {"data": run.config.data.path, "fingerprint": run.catalogue.fingerprint, "steps": step},
     }
 
 
 def save_preview(run: Run, model: nn.Module, path: Path) -> None:
     """A grid of samples with fixed seeds, one row per class (the first ten), or four rows of one kind."""
-    classes = min(PREVIEW_ROWS, len(run.images.class_names)) if run.batches.conditional else 0
+    classes = min(PREVIEW_ROWS, len(run.catalogue.class_names)) if run.batches.conditional else 0
     labels = [k for k in range(classes) for _ in range(PREVIEW_COLUMNS)] if classes else None
     count = len(labels) if labels is not None else PREVIEW_COLUMNS**2
     images = torch.cat(list(_draw(run, model, range(count), labels)))
@@ -224,7 +232,7 @@ def save_preview(run: Run, model: nn.Module, path: Path) -> None:
 def _quality_samples(run: Run, model: nn.Module) -> Iterator[Tensor]:
     """8-bit samples of the same seeds at every look, so that the curve shows the network and not the draw."""
     seeds = range(run.config.quality.images)
-    classes = len(run.images.class_names) if run.batches.conditional else 0
+    classes = len(run.catalogue.class_names) if run.batches.conditional else 0
     labels = [streams.key(seed, streams.SAMPLE_LABEL) % classes for seed in seeds] if classes else None
     return (to_uint8(images) for images in _draw(run, model, seeds, labels))
 
@@ -241,7 +249,7 @@ def _draw(run: Run, model: nn.Module, seeds: Sequence[int], labels: Sequence[int
         model,
         seeds=seeds,
         class_labels=labels,
-        sample_shape=(3, *run.images.image_size),
+        sample_shape=run.examples.sample_shape,
         schedule=run.schedule,
         config=run.config.preview,
         prediction=run.config.objective.prediction,
@@ -268,7 +276,7 @@ def _validate(run: Run, state: TrainState) -> StrataLoss:
 
 def _baselines(run: Run) -> Baselines:
     assert run.triples is not None
-    moments = image_moments(run.images, run.split.train.tolist())
+    moments = example_moments(run.examples, run.split.train.tolist())
     return baselines(moments, run.triples, validation_unit(run.config.objective))
 
 

@@ -6,10 +6,11 @@ import torch
 from tiny_runs import array_images, write_set
 
 from smalti.data import load_image_set, split
+from smalti.data.examples import PixelExamples
 from smalti.data.pixels import read_images
 from smalti.diffusion.levels import build_schedule
 from smalti.diffusion.prediction import PREDICTIONS
-from smalti.training.baselines import SHRINKAGE, Moments, baselines, image_moments, linear_denoiser_loss
+from smalti.training.baselines import SHRINKAGE, Moments, baselines, example_moments, linear_denoiser_loss
 from smalti.training.validation import STRATA, loss_of, make_triples
 
 SIDE, PIXELS = 2, 12
@@ -36,7 +37,7 @@ def gaussian_images(count, seed):
 
 
 def triples_of(images, kind, count=None):
-    return make_triples(images, list(range(count or len(images))), build_schedule(kind, 1000), seed=0)
+    return make_triples(PixelExamples(images), list(range(count or len(images))), build_schedule(kind, 1000), seed=0)
 
 
 def loss_of_estimate(x0, triples, prediction):
@@ -61,7 +62,7 @@ def wiener(mean, cov, triples):
 
 def test_the_moments_are_the_mean_and_the_covariance_of_the_images():
     images = gaussian_images(300, 0)
-    moments = image_moments(images, list(range(0, 300, 2)))
+    moments = example_moments(PixelExamples(images), list(range(0, 300, 2)))
     x = read_images(images, range(0, 300, 2)).flatten(1).double()
     assert torch.allclose(moments.mean, x.mean(0), atol=1e-12)
     assert torch.allclose(moments.axes @ moments.variances.diag() @ moments.axes.T, torch.cov(x.T), atol=1e-12)
@@ -70,14 +71,14 @@ def test_the_moments_are_the_mean_and_the_covariance_of_the_images():
 
 def test_with_fewer_images_than_pixels_the_axes_span_what_the_images_vary_in():
     images = gaussian_images(5, 0)
-    moments = image_moments(images, [0, 1, 2, 3, 3, 4])
+    moments = example_moments(PixelExamples(images), [0, 1, 2, 3, 3, 4])
     assert moments.axes.shape == (PIXELS, 4)  # five different images, less the mean
     x = read_images(images, [0, 1, 2, 3, 3, 4]).flatten(1).double()
     assert torch.allclose(moments.axes @ moments.variances.diag() @ moments.axes.T, torch.cov(x.T), atol=1e-12)
 
 
 def test_one_image_alone_has_no_axes_and_the_lines_are_still_numbers():
-    moments = image_moments(gaussian_images(3, 0), [1])
+    moments = example_moments(PixelExamples(gaussian_images(3, 0)), [1])
     assert moments.axes.shape == (PIXELS, 0)
     lines = baselines(moments, triples_of(gaussian_images(4, 1), "flow"), "x0")
     assert lines.linear.mean == pytest.approx(lines.constant.mean)
@@ -89,7 +90,7 @@ def test_one_image_alone_has_no_axes_and_the_lines_are_still_numbers():
 def test_both_lines_are_those_of_the_filter_written_as_a_matrix(kind, prediction, count):
     if kind == "flow" and prediction == "eps":
         pytest.skip("ObjectiveConfig refuses it: the start of the path has no signal")
-    moments = image_moments(gaussian_images(count, 1), list(range(count)))
+    moments = example_moments(PixelExamples(gaussian_images(count, 1)), list(range(count)))
     triples = triples_of(gaussian_images(9, 2), kind)
     lines = baselines(moments, triples, prediction)
     constant = loss_of_estimate(moments.mean.expand(len(triples), -1), triples, prediction)
@@ -113,15 +114,15 @@ def test_both_lines_are_those_of_the_filter_written_as_a_matrix(kind, prediction
 def test_on_emoji_the_filter_is_below_the_mean_image_in_every_eighth(tmp_path, prediction):
     images = load_image_set(write_set(tmp_path, 200))
     parts = split(images, 0.125, 0)
-    triples = make_triples(images, parts.validation.tolist(), build_schedule("flow", 1000), seed=0)
-    lines = baselines(image_moments(images, parts.train.tolist()), triples, prediction)
+    triples = make_triples(PixelExamples(images), parts.validation.tolist(), build_schedule("flow", 1000), seed=0)
+    lines = baselines(example_moments(PixelExamples(images), parts.train.tolist()), triples, prediction)
     assert all(linear <= constant for linear, constant in zip(lines.linear.strata, lines.constant.strata, strict=True))
     assert lines.linear.mean < 0.7 * lines.constant.mean
 
 
 def test_the_constant_line_does_not_depend_on_the_noise_for_x0():
     images = gaussian_images(16, 5)
-    moments = image_moments(gaussian_images(50, 6), list(range(50)))
+    moments = example_moments(PixelExamples(gaussian_images(50, 6)), list(range(50)))
     lines = baselines(moments, triples_of(images, "flow"), "x0")
     x = read_images(images, range(16)).flatten(1).double()
     assert lines.constant.mean == pytest.approx((x - moments.mean).square().mean().item(), rel=1e-6)
@@ -135,7 +136,7 @@ def test_the_filter_becomes_the_exact_posterior_mean_of_gaussian_data_as_images_
     images = gaussian_images(1200, 8)
     excess = []
     for count in (30, 200, 1200):
-        loss, _ = linear_denoiser_loss(image_moments(images, list(range(count))), triples, "x0")
+        loss, _ = linear_denoiser_loss(example_moments(PixelExamples(images), list(range(count))), triples, "x0")
         excess.append(loss.mean / exact.mean - 1)
     assert excess[0] > 0.03
     assert excess[0] > 3 * abs(excess[1])

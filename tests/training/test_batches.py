@@ -8,6 +8,7 @@ import torch
 from tiny_runs import array_images
 
 from smalti.data import SampleOrder
+from smalti.data.examples import PixelExamples
 from smalti.diffusion.levels import build_schedule
 from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.training.batches import BatchSource
@@ -19,7 +20,7 @@ def source(seed=0, *, count=37, schedule="linear", flip=False, balanced=False, n
     pixels = np.random.default_rng(5).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     images = array_images(pixels, np.arange(count) % CLASSES)
     return BatchSource(
-        image_set=images,
+        examples=PixelExamples(images),
         order=SampleOrder(range(count), seed, class_balanced=balanced, class_labels=images.class_labels),
         schedule=build_schedule(schedule, 1000),
         objective=ObjectiveConfig(schedule=schedule, prediction="v", **objective),

@@ -11,6 +11,7 @@ from tiny_runs import array_images, scramble, tiny_config
 
 from smalti.checkpoints import CheckpointStore
 from smalti.data import SampleOrder
+from smalti.data.examples import PixelExamples
 from smalti.diffusion.levels import build_schedule
 from smalti.diffusion.objectives import ObjectiveConfig, training_losses
 from smalti.errors import NumericError
@@ -29,7 +30,7 @@ def setting(tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     images = array_images(pixels, np.arange(40) % 9)
     batches = BatchSource(
-        image_set=images,
+        examples=PixelExamples(images),
         order=SampleOrder(range(40), 0),
         schedule=build_schedule("linear", 1000),
         objective=ObjectiveConfig(prediction="v"),

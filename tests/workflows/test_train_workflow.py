@@ -439,7 +439,7 @@ def test_the_preset_is_fitted_to_the_images(data):
     assert (model.sample_size, model.in_channels, model.num_classes) == ((32, 32), 3, 9)
     assert model.learned_variance
     flow = replace(config, objective=ObjectiveConfig(schedule="flow", prediction="velocity"))
-    assert not model_config(flow, run.images).learned_variance
+    assert not model_config(flow, run.examples).learned_variance
 
 
 @pytest.mark.parametrize(
