@@ -1,15 +1,20 @@
 """The processes that `torchrun` started together: who this one is, and how rows come to the first of them."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Longer than the slowest share of the work may lag behind the fastest; a process that died is noticed at once.
 _PATIENCE = timedelta(hours=12)
@@ -65,17 +70,76 @@ class World:
         """
         if self.size == 1:
             return dict(rows)
-        try:
+        with self._together():
             counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             mine = torch.tensor([len(next(iter(rows.values())))])
             torch.distributed.all_gather(counts, mine)
             found = {name: self._gather_one(part, [int(n) for n in counts]) for name, part in rows.items()}
             torch.distributed.barrier()
+        return {name: part for name, part in found.items() if part is not None} if self.rank == 0 else None
+
+    def gather_objects(self, value: Any, group: "ProcessGroup | None" = None) -> list[Any]:
+        """Every process's value, in order of rank, on all of them; nobody goes on before all have given theirs.
+
+        Args:
+            value: small, of the types that JSON has; what comes back has been through JSON, here too.
+            group: a process group of all processes that can move CPU tensors (gloo); None = the default one.
+
+        Raises:
+            SmaltiError: another process ended before its value came.
+        """
+        return [json.loads(part) for part in self._exchange(json.dumps(value).encode(), group, everywhere=True) or []]
+
+    def collect_objects(self, value: Any, group: "ProcessGroup | None" = None) -> list[Any] | None:
+        """As `gather_objects`, to the first process alone: for values that grow with the model. None on the others."""
+        parts = self._exchange(json.dumps(value).encode(), group, everywhere=False)
+        return None if parts is None else [json.loads(part) for part in parts]
+
+    def broadcast_object(self, value: Any, group: "ProcessGroup | None" = None) -> Any:
+        """The first process's value on all of them, by the rules of `gather_objects`; the others' is not looked at."""
+        data = json.dumps(value).encode() if self.rank == 0 else b""
+        if self.size > 1:
+            with self._together():
+                length = torch.tensor([len(data)])
+                torch.distributed.broadcast(length, 0, group=group)
+                text = _as_tensor(data, int(length))
+                torch.distributed.broadcast(text, 0, group=group)
+                data = text.numpy().tobytes()
+        return json.loads(data)
+
+    def barrier(self, group: "ProcessGroup | None" = None) -> None:
+        """Wait until every process has come here.
+
+        Raises:
+            SmaltiError: another process ended before it came.
+        """
+        self.gather_objects(None, group)
+
+    def _exchange(self, data: bytes, group: "ProcessGroup | None", *, everywhere: bool) -> list[bytes] | None:
+        if self.size == 1:
+            return [data]
+        with self._together():
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            torch.distributed.all_gather(lengths, torch.tensor([len(data)]), group=group)
+            longest = max(int(length) for length in lengths)
+            mine = _as_tensor(data, longest)
+            parts = [torch.zeros_like(mine) for _ in lengths] if everywhere or self.rank == 0 else None
+            if everywhere:
+                torch.distributed.all_gather(parts, mine, group=group)
+            else:
+                torch.distributed.gather(mine, parts, dst=0, group=group)
+        if parts is None:
+            return None
+        return [part.numpy()[: int(length)].tobytes() for part, length in zip(parts, lengths, strict=True)]
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise SmaltiError(
                 f"process {self.rank} of {self.size} waited for another one that ended; its own message says why"
             ) from error
-        return {name: part for name, part in found.items() if part is not None} if self.rank == 0 else None
 
     def _gather_one(self, part: Tensor, counts: list[int]) -> Tensor | None:
         if self.rank:
@@ -90,6 +154,15 @@ class World:
                 torch.distributed.recv(whole[start : start + count], rank)
             start += count
         return whole
+
+
+def _as_tensor(data: bytes, length: int) -> Tensor:
+    """Bytes as gloo moves them, filled up with zeros. Objects travel as JSON: torch's own way would unpickle them."""
+    return (
+        torch.frombuffer(bytearray(data.ljust(length, b"\0")), dtype=torch.uint8)
+        if length
+        else torch.zeros(0, dtype=torch.uint8)
+    )
 
 
 @contextmanager

@@ -20,6 +20,11 @@ with world() as w:
         sys.exit(3)
     assert w.agree(w.rank == 0)
     found = w.gather({"a": rows, "b": rows[:, :1].double()})
+    objects = [{"rank": rank, "text": "ü" * (1000 * rank), "none": None} for rank in range(w.size)]
+    assert w.gather_objects(objects[w.rank]) == objects
+    assert w.collect_objects(objects[w.rank]) == (objects if w.rank == 0 else None)
+    assert w.broadcast_object({"said": w.rank}) == {"said": 0}
+    w.barrier(torch.distributed.new_group(backend="gloo"))
     if w.rank == 0:
         assert torch.equal(found["a"], whole) and torch.equal(found["b"], whole[:, :1].double())
         print("whole", w.size)
@@ -39,6 +44,9 @@ def test_shares_cover_everything_once_and_are_cut_at_whole_units(size, count):
 def test_alone_there_is_nobody_to_ask():
     with world() as alone:
         assert (alone.rank, alone.size) == (0, 1)
+        assert alone.gather_objects((1, "a")) == alone.collect_objects([1, "a"]) == [[1, "a"]]
+        assert alone.broadcast_object({"a": (1,)}) == {"a": [1]}
+        alone.barrier()
 
 
 def _torchrun(tmp_path, *arguments):
