@@ -21,6 +21,8 @@ class CodecFacts:
         scale, shift: latents = (z - shift) * scale, where z is what the encoder makes; near unit variance.
         source: folder or hub name that the weights came from; "" for pixels.
         sha256: of the weights, names and values; "" for pixels.
+        encoder_sha256: of the encoder's part of them, rounded to half precision, so that it is the same in files of
+            either; "" for pixels.
     """
 
     kind: str = "pixels"
@@ -30,6 +32,7 @@ class CodecFacts:
     shift: float = 0.0
     source: str = ""
     sha256: str = ""
+    encoder_sha256: str = ""
 
     @property
     def label(self) -> str:
