@@ -20,8 +20,17 @@ from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import CheckpointError, ConfigError, DataError, NumericError, PreemptedError, RunLockedError
 from smalti.models import config_of
 from smalti.sampling import SamplingConfig
-from smalti.training import DataConfig, OptimizerConfig, QualityConfig, RunConfig, default_decay, loop
-from smalti.training.config import IDENTITY
+from smalti.training import default_decay, loop
+from smalti.training.config import (
+    IDENTITY,
+    DataConfig,
+    GuardConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    QualityConfig,
+    RunConfig,
+    StoreConfig,
+)
 from smalti.training.log import read_log
 from smalti.training.stop import StopRequest
 from smalti.workflows.run_folder import load_config
@@ -171,6 +180,9 @@ def everything_changed(tmp_path):
         checkpoint_every=5,
         keep_checkpoints=6,
         preview=SamplingConfig(sampler="ddim", num_inference_steps=7, eta=0.5, guidance_interval=(0.1, 0.9)),
+        store=StoreConfig(keep_every=3, keep_best=True, wait=True, mirror="memory://runs"),
+        guard=GuardConfig(skip_budget=5, spike_factor=9.0, spike_floor=0.5, on_spike="rewind"),
+        parallel=ParallelConfig(strategy="hsdp", shard_size=2, activation_checkpointing="full", timeout_minutes=0.5),
         quality=QualityConfig(every=7, images=9, metrics=("fid", "kid"), features="lite0@96", reference_images=11),
     )
 
@@ -246,6 +258,7 @@ CHANGES = {
     "seed": 1,
     "stochastic_depth": 0.1,
     "ema_decay": None,
+    "guard": GuardConfig(spike_factor=10.0),
 }
 
 
@@ -270,7 +283,7 @@ def test_changed_images_are_refused(tmp_path, data):
     config = tiny_config(tmp_path / "run", folder, steps=2)
     train(config)
     write_set(folder, first=1)
-    with pytest.raises(CheckpointError, match="was trained on other images than") as caught:
+    with pytest.raises(CheckpointError, match="was trained on other examples than") as caught:
         train(config)
     assert "\n" not in str(caught.value)
 
