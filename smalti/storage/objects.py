@@ -2,21 +2,17 @@
 
 A place is a folder, or a URL of one: `s3://bucket/folder`, `gs://`, `file://`, `memory://`, `https://`. What is read is
 exactly what was asked for, or an error: stores that are short, that ignore ranges or that fail for a moment exist.
-`https://` is spoken here, because fsspec leaves it to the server whether a range is a range.
+`https://` is spoken in `smalti.storage.web`, because fsspec leaves it to the server whether a range is a range.
 """
 
-import contextlib
-import functools
-import http.client
 import os
 import stat
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -24,7 +20,6 @@ from smalti.errors import ConfigError, DataError, StorageError
 
 TRIES = 3
 PAUSES = (0.2, 1.0)  # seconds before the second and the third try
-_TIMEOUT = 60.0
 _OPEN_FILES = 64
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ValueError)
@@ -93,6 +88,8 @@ def open_store(place: str | Path) -> ByteStore:
     if scheme == "file":
         return LocalStore(Path(urllib.request.url2pathname(urllib.parse.urlsplit(str(place)).path)))
     if scheme in ("http", "https"):
+        from smalti.storage.web import HttpStore  # it stands on this module
+
         return HttpStore(str(place))
     return FsspecStore(str(place))
 
@@ -115,7 +112,7 @@ class LocalStore:
         return str(self.folder)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        _require_name(name)
+        require_name(name)
         try:
             opened = self._opened(name)
             end = os.fstat(opened.descriptor).st_size if stop is None else stop
@@ -125,7 +122,7 @@ class LocalStore:
                 at += len(piece)
         except OSError as error:
             raise _translated(error, self.place, name) from error
-        return _exactly(b"".join(pieces), start, end, self.place, name)
+        return exactly(b"".join(pieces), start, end, self.place, name)
 
     def size(self, name: str) -> int:
         return self._stat(name).st_size
@@ -149,7 +146,7 @@ class LocalStore:
         raise StorageError(f"{error.filename}: folder cannot be read: {error.strerror}") from error
 
     def _stat(self, name: str) -> os.stat_result:
-        _require_name(name)
+        require_name(name)
         try:
             status = os.stat(self.folder / name)
         except OSError as error:
@@ -202,15 +199,15 @@ class FsspecStore:
 
     @property
     def place(self) -> str:
-        return _shown(self._place)
+        return shown(self._place)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         path = self._path(name)
         end = self.size(name) if stop is None else stop
         if end <= start:
-            return _exactly(b"", start, end, self.place, name)
+            return exactly(b"", start, end, self.place, name)
         data = self._try(name, lambda fs: fs.cat_file(path, start=start, end=end))
-        return _exactly(bytes(data), start, end, self.place, name)
+        return exactly(bytes(data), start, end, self.place, name)
 
     def size(self, name: str) -> int:
         return int(self._info(name)["size"])
@@ -241,7 +238,7 @@ class FsspecStore:
         return found
 
     def _path(self, name: str) -> str:
-        _require_name(name)
+        require_name(name)
         return f"{self._root.rstrip('/')}/{name}"
 
     def _connect(self) -> Any:
@@ -254,7 +251,7 @@ class FsspecStore:
         return self._fs
 
     def _try(self, name: str, ask: Callable[[Any], T]) -> T:
-        return _persistently(lambda: ask(self._connect()), self.place, name)
+        return persistently(lambda: ask(self._connect()), self.place, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FsspecStore, (self._place,)
@@ -269,99 +266,19 @@ def _file_system(place: str) -> tuple[Any, str]:
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         what = f"install {package} (`pip install {package}`)" if package else f"{error}"
-        raise ConfigError(f"{_shown(place)}: {scheme}:// needs another package: {what}") from error
+        raise ConfigError(f"{shown(place)}: {scheme}:// needs another package: {what}") from error
     except ValueError as error:
-        raise ConfigError(f"{_shown(place)}: {error}") from error
+        raise ConfigError(f"{shown(place)}: {error}") from error
     return fs, str(root)
 
 
-class HttpStore:
-    """A web server that answers ranges; one connection a request, by the proxy of the environment if there is one."""
+def persistently(ask: Callable[[], T], place: str, name: str) -> T:
+    """Ask, and ask again after failures that may pass.
 
-    def __init__(self, place: str) -> None:
-        self._place = place
-
-    @property
-    def place(self) -> str:
-        return _shown(self._place)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        end = self.size(name) if stop is None else stop
-        if end <= start:
-            return _exactly(b"", start, end, self.place, name)
-        return _persistently(functools.partial(self._range, name, start, end), self.place, name)
-
-    def size(self, name: str) -> int:
-        return self._head(name)[0]
-
-    def version(self, name: str) -> str:
-        size, etag, changed = self._head(name)
-        return "-".join(str(mark) for mark in (size, etag, changed) if mark)
-
-    def names(self) -> list[str]:
-        raise ConfigError(
-            f"{self.place}: a web server cannot be listed; name the files, such as train-{{000000..000099}}.tar"
-        )
-
-    def _range(self, name: str, start: int, stop: int) -> bytes:
-        with self._open(name, {"Range": f"bytes={start}-{stop - 1}"}) as answer:
-            if answer.status != 206:
-                raise _RangesIgnoredError
-            told = answer.headers.get("Content-Range", "")
-            # Past the end a server shortens the range, and says so.
-            if not told.startswith(f"bytes {start}-{stop - 1}/"):
-                if told.startswith(f"bytes {start}-"):
-                    raise MissingObjectError(
-                        f"{self.place}: {name!r} ends before byte {stop:,}: the server answered {told!r}"
-                    )
-                raise ConnectionError(f"asked for bytes {start}-{stop - 1}, the server answered {told!r}")
-            return _exactly(answer.read(stop - start + 1), start, stop, self.place, name)
-
-    def _head(self, name: str) -> tuple[int, str, str]:
-        def ask() -> tuple[int, str, str]:
-            with self._open(name, {"Range": "bytes=0-0"}) as answer:
-                headers = answer.headers
-                if answer.status != 206:
-                    raise _RangesIgnoredError
-                total = headers.get("Content-Range", "").rpartition("/")[2]
-                if not total.isdigit():
-                    raise ConnectionError(f"the server does not tell the size: {headers.get('Content-Range')!r}")
-                return int(total), headers.get("ETag", ""), headers.get("Last-Modified", "")
-
-        return _persistently(ask, self.place, name)
-
-    @contextlib.contextmanager
-    def _open(self, name: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
-        _require_name(name)
-        request = urllib.request.Request(  # noqa: S310 (http and https only, see `open_store`)
-            join(self._place, urllib.parse.quote(name)), headers={"Accept-Encoding": "identity", **headers}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
-                yield answer
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code in (404, 410):
-                raise FileNotFoundError(2, "no such file") from error
-            if error.code == 416:
-                raise MissingObjectError(
-                    f"{self.place}: {name!r} is empty or ends before the range asked for"
-                ) from error
-            if error.code in (401, 403):
-                raise PermissionError(13, f"the server answered {error.code} {error.reason}") from error
-            raise ConnectionError(f"the server answered {error.code} {error.reason}") from error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return HttpStore, (self._place,)
-
-
-class _RangesIgnoredError(ValueError):
-    def __str__(self) -> str:
-        return "the server ignores ranges and would send the whole file each time; copy the files to another store"
-
-
-def _persistently(ask: Callable[[], T], place: str, name: str) -> T:
-    """Ask, and ask again after failures that may pass."""
+    Raises:
+        MissingObjectError: there is no such file.
+        StorageError: every try failed.
+    """
     for pause in (*PAUSES, None):
         try:
             return ask()
@@ -389,7 +306,13 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{text}".split()) or type(error).__name__
 
 
-def _exactly(data: bytes, start: int, stop: int, place: str, name: str) -> bytes:
+def exactly(data: bytes, start: int, stop: int, place: str, name: str) -> bytes:
+    """The bytes, if they are as many as were asked for.
+
+    Raises:
+        MissingObjectError: fewer.
+        StorageError: more.
+    """
     if not 0 <= start <= stop:
         raise ValueError(f"bytes {start} to {stop} are no range")
     if len(data) < stop - start:
@@ -401,13 +324,18 @@ def _exactly(data: bytes, start: int, stop: int, place: str, name: str) -> bytes
     return data
 
 
-def _require_name(name: str) -> None:
+def require_name(name: str) -> None:
+    """Refuse names that lead out of a store.
+
+    Raises:
+        DataError: it does.
+    """
     parts = name.split("/")
     if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise DataError(f"{name!r} is no name of a file in a store: it must stay inside, without '..' and empty parts")
 
 
-def _shown(place: str) -> str:
+def shown(place: str) -> str:
     """A URL without user, password and query, which may be secret."""
     parts = urllib.parse.urlsplit(place)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
