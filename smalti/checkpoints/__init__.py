@@ -4,7 +4,8 @@ from smalti.checkpoints.keymap import KeyMap
 from smalti.checkpoints.lock import RunLock
 from smalti.checkpoints.maps import MAPS
 from smalti.checkpoints.official import from_official, official_shapes, to_official
-from smalti.checkpoints.store import CheckpointStore, StoredCheckpoint
+from smalti.checkpoints.shards import Groups, Piece, StoredCheckpoint
+from smalti.checkpoints.store import CheckpointStore
 from smalti.models.files import Bundle, load_bundle, load_model, save_model
 from smalti.storage.filesystem import FileSystem, LocalFileSystem, Writer
 from smalti.storage.tensors import load_tensors
@@ -14,8 +15,10 @@ __all__ = [
     "Bundle",
     "CheckpointStore",
     "FileSystem",
+    "Groups",
     "KeyMap",
     "LocalFileSystem",
+    "Piece",
     "RunLock",
     "StoredCheckpoint",
     "Writer",

@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _PIECE = 1 << 24  # bytes per write: large enough for the disk, small enough to stay in the cache while it is hashed
 _ROWS = 8  # of a table of differences
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -141,10 +141,10 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     offset = 0
     for name in _order(tensors):
         tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise TypeError(f"tensor {name!r} is {tensor.dtype}, which a checkpoint cannot hold")
         entries[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smalti.checkpoints.store import StoredCheckpoint
+from smalti.checkpoints.shards import StoredCheckpoint
 from smalti.errors import CheckpointError
 from smalti.training.ema import EMA
 
