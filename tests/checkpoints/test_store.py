@@ -394,9 +394,9 @@ def test_a_replaced_checkpoint_returns_when_its_successor_is_damaged(tmp_path, f
     store = CheckpointStore(tmp_path)
     path = save(store, 10, faults)
     with faults.dying_process():
-        from smalti.checkpoints.store import _nonce
+        from smalti.checkpoints.layout import nonce
 
-        aside = tmp_path / f".old-0000000010-{_nonce()}"
+        aside = tmp_path / f".old-0000000010-{nonce()}"
     shutil.copytree(path, aside)
     (path / "state.json").write_bytes(b"{}")
     skipped = []
