@@ -4,6 +4,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+GRACE = 30.0  # seconds that torchrun, Kubernetes and Slurm leave between SIGTERM and SIGKILL unless told otherwise
+
 
 class StopRequest:
     """Notices SIGTERM, SIGUSR1 and Ctrl-C inside a `with` block; a second Ctrl-C interrupts at once."""
@@ -29,3 +31,18 @@ class StopRequest:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+
+def outlasts_the_grace(save_seconds: float) -> str | None:
+    """One line of advice where a save may not be done before a preempted process is killed; None where it will.
+
+    Args:
+        save_seconds: of the last save, from its begin to the last byte on the disk. Twice that is reckoned with: a stop
+            may come while another save is under way.
+    """
+    if 2 * save_seconds <= GRACE:
+        return None
+    return (
+        f"a save took {save_seconds:.0f} s: a run that is told to stop may need twice that, and most launchers kill "
+        f"after {GRACE:.0f} s. Give it more (torchrun --shutdown-timeout, Slurm --signal, terminationGracePeriodSeconds)"
+    )
