@@ -44,5 +44,5 @@ def outlasts_the_grace(save_seconds: float) -> str | None:
         return None
     return (
         f"a save took {save_seconds:.0f} s: a run that is told to stop may need twice that, and most launchers kill "
-        f"after {GRACE:.0f} s. Give it more (torchrun --shutdown-timeout, Slurm --signal, terminationGracePeriodSeconds)"
+        f"after {GRACE:.0f} s. More: torchrun --shutdown-timeout, Slurm --signal, terminationGracePeriodSeconds"
     )
