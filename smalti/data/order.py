@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from smalti.data.image_set import Catalogue
 from smalti.errors import ConfigError, DataError
-from smalti.streams import ORDER, SPLIT, key, permute
+from smalti.streams import ORDER, SPLIT, key, permute, splitmix64
+
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +39,14 @@ def split(image_set: Catalogue, validation_fraction: float, seed: int, *, allow_
     """
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation fraction {validation_fraction} is outside [0, 1)")
-    names = set(image_set.split_names)
-    count = round(validation_fraction * len(names))
-    if count == len(names) or (validation_fraction > 0 and count == 0):
+    name_of, group_of = _grouped(image_set.split_names)
+    count = round(validation_fraction * len(name_of))
+    if count == len(name_of) or (validation_fraction > 0 and count == 0):
         raise DataError(
-            f"{image_set.name}: a validation fraction of {validation_fraction} sets {count} of {len(names)} names "
+            f"{image_set.name}: a validation fraction of {validation_fraction} sets {count} of {len(name_of)} names "
             f"aside; choose another fraction or add images"
         )
-    ranked = sorted(names, key=lambda name: (key(seed, SPLIT, _name_id(name)), name))
-    held_out = set(ranked[:count])
-    is_held_out = np.fromiter((name in held_out for name in image_set.split_names), dtype=bool, count=len(image_set))
+    is_held_out = _first_by_rank(name_of, count, seed)[group_of]
     train, validation = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if image_set.class_names and not allow_empty:
         unseen = sorted({*image_set.class_labels[validation]} - {*image_set.class_labels[train]})
@@ -58,9 +59,99 @@ def split(image_set: Catalogue, validation_fraction: float, seed: int, *, allow_
     return Split(train=train, validation=validation)
 
 
-def _name_id(name: str) -> int:
-    # Python's own hash of a string differs between processes.
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
+def _grouped(split_names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Each name once, and for each example the place of its name among them."""
+    places: dict[str, int] = {}
+    group_of = np.fromiter((places.setdefault(name, len(places)) for name in split_names), np.int64, len(split_names))
+    return list(places), group_of
+
+
+def _first_by_rank(names: Sequence[str], count: int, seed: int) -> np.ndarray:
+    """Which names are the first `count` when sorted by (key(seed, SPLIT, id of the name), name)."""
+    chosen = np.zeros(len(names), dtype=bool)
+    if count == 0:
+        return chosen
+    # `key` for all names at once; Python's integers take minutes for the millions of a large set.
+    digests = b"".join(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in names)
+    state = splitmix64(splitmix64(splitmix64(seed & _MASK)) ^ splitmix64(SPLIT))
+    keys = splitmix64_of(np.uint64(splitmix64(state)) ^ splitmix64_of(np.frombuffer(digests, "<u8")))
+    cut = np.partition(keys, count - 1)[count - 1]
+    chosen[keys < cut] = True
+    at_the_cut = sorted(np.flatnonzero(keys == cut).tolist(), key=lambda place: names[place])
+    chosen[at_the_cut[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+def splitmix64_of(numbers: np.ndarray) -> np.ndarray:
+    """`smalti.streams.splitmix64` of each of many uint64."""
+    mixed = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+class Order(Protocol):
+    """The endless sequence of training samples, with random access."""
+
+    def __len__(self) -> int:
+        """Samples per epoch: the number of training images."""
+        ...
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, index of the image) of the sample at a position, which is 0 or larger."""
+        ...
+
+    def replacement(self, index: int, attempt: int) -> int:
+        """An image to take the place of one that cannot be read: from the same order, so never from validation."""
+        ...
+
+
+@runtime_checkable
+class Blocked(Protocol):
+    """A catalogue whose examples lie in blocks, and are read faster when those of a block come near to each other."""
+
+    @property
+    def block_starts(self) -> np.ndarray:
+        """int64, rising from 0: the first example of each block."""
+
+    @property
+    def wants_blocks(self) -> bool:
+        """Whether jumping about all of it would be slow, as in a store far away."""
+
+
+def training_order(
+    catalogue: Catalogue,
+    train_indices: np.ndarray | Sequence[int],
+    seed: int,
+    *,
+    class_balanced: bool = False,
+    shuffle: str = "auto",
+    window: int = 16,
+) -> Order:
+    """The order in which a run sees its training examples.
+
+    Args:
+        shuffle: full, blocks, or auto: blocks where the catalogue wants them.
+        window: blocks that are mixed with each other.
+
+    Raises:
+        ConfigError: blocks of a catalogue that has none or together with `class_balanced`, or class-balanced order
+            without classes.
+        DataError: there is no image to draw from.
+    """
+    blocked = catalogue if isinstance(catalogue, Blocked) else None
+    if shuffle == "blocks" and blocked is None:
+        raise ConfigError(f"{catalogue.name} has no blocks to shuffle by; leave out --data.shuffle blocks")
+    if shuffle == "blocks" and class_balanced:
+        raise ConfigError("class-balanced order draws from everywhere; leave out --data.shuffle blocks")
+    if (
+        blocked is not None
+        and not class_balanced
+        and (shuffle == "blocks" or (shuffle == "auto" and blocked.wants_blocks))
+    ):
+        return BlockOrder(train_indices, blocked.block_starts, seed, window)
+    labels = catalogue.class_labels if catalogue.class_names else None
+    return SampleOrder(train_indices, seed, class_balanced=class_balanced, class_labels=labels)
 
 
 class SampleOrder:
@@ -87,19 +178,17 @@ class SampleOrder:
             ConfigError: class-balanced order without labels.
             DataError: there is no image to draw from.
         """
-        self._indices = [int(i) for i in train_indices]
+        self._indices = np.asarray(train_indices, dtype=np.int64)
         self._seed = seed
-        self._classes: list[list[int]] = []
+        self._classes: list[np.ndarray] = []
         self._last_epoch = (-1, 0)
-        if not self._indices:
+        if not len(self._indices):
             raise DataError("no training image to draw from; give a smaller validation fraction or more images")
         if class_balanced:
             if class_labels is None or not len(class_labels):
                 raise ConfigError("class-balanced order was asked for, but the image set has no classes; turn it off")
-            members: dict[int, list[int]] = {}
-            for index in self._indices:
-                members.setdefault(int(class_labels[index]), []).append(index)
-            self._classes = [members[label] for label in sorted(members)]
+            labels = np.asarray(class_labels)[self._indices]
+            self._classes = [self._indices[labels == label] for label in np.unique(labels)]
 
     def __len__(self) -> int:
         """Samples per epoch: the number of training images."""
@@ -113,7 +202,7 @@ class SampleOrder:
             known = self._last_epoch
             if known[0] != epoch:
                 known = self._last_epoch = (epoch, key(self._seed, ORDER, epoch))
-            return epoch, self._indices[permute(place, len(self._indices), known[1])]
+            return epoch, int(self._indices[permute(place, len(self._indices), known[1])])
         # Rounds of all classes, each round in its own order, so that any stretch of the sequence is nearly balanced.
         classes = len(self._classes)
         round_number, turn = divmod(position, classes)
@@ -121,8 +210,69 @@ class SampleOrder:
         # The class is drawn once a round: its r-th draw belongs to pass r // size through the class.
         members = self._classes[label]
         class_pass, rank = divmod(round_number, len(members))
-        return epoch, members[permute(rank, len(members), key(self._seed, ORDER, class_pass, label))]
+        return epoch, int(members[permute(rank, len(members), key(self._seed, ORDER, class_pass, label))])
 
     def replacement(self, index: int, attempt: int) -> int:
         """An image to take the place of one that cannot be read: from the same order, so never from validation."""
-        return self._indices[key(self._seed, ORDER, -2, index, attempt) % len(self._indices)]
+        return int(self._indices[key(self._seed, ORDER, -2, index, attempt) % len(self._indices)])
+
+
+class BlockOrder:
+    """The endless sequence of training samples for examples that lie in blocks: near in the file, near in time.
+
+    Each epoch lays the blocks in a new order, and mixes all examples of each `window` blocks that follow one another.
+    So any batch touches the blocks of one window, or of two where it lies across their border. All of it is a function
+    of (seed, epoch, position); what is kept is a table of blocks for the epoch asked for last.
+
+    Args:
+        train_indices: images to draw from, rising.
+        block_starts: rising from 0: the first image of each block, of the *whole* set.
+        window: how many blocks are mixed; all of them = as mixed as `SampleOrder`.
+
+    Raises:
+        ConfigError: the window is below 1.
+        DataError: there is no image to draw from.
+    """
+
+    def __init__(
+        self, train_indices: np.ndarray | Sequence[int], block_starts: np.ndarray, seed: int, window: int = 16
+    ) -> None:
+        self._indices = np.asarray(train_indices, dtype=np.int64)
+        if window < 1:
+            raise ConfigError(f"data.shuffle_window must be at least 1, got {window}")
+        if not len(self._indices):
+            raise DataError("no training image to draw from; give a smaller validation fraction or more images")
+        if np.any(np.diff(self._indices) <= 0):
+            raise ValueError("the training images of an order of blocks must rise")
+        first = np.searchsorted(self._indices, block_starts)
+        sizes = np.diff(np.append(first, len(self._indices)))
+        self._first, self._sizes = first[sizes > 0], sizes[sizes > 0]
+        self._seed, self._window = seed, window
+        self._epoch = -1
+        self._laid = self._ends = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def at(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, len(self._indices))
+        laid, ends = self._blocks_of(epoch)
+        window = int(np.searchsorted(ends, place, side="right")) // self._window
+        low, high = window * self._window, min((window + 1) * self._window, len(laid))
+        start, stop = int(ends[low - 1]) if low else 0, int(ends[high - 1])
+        mixed = start + permute(place - start, stop - start, key(self._seed, ORDER, -4, epoch, window))
+        block = int(np.searchsorted(ends, mixed, side="right"))
+        inside = mixed - (int(ends[block - 1]) if block else 0)
+        return epoch, int(self._indices[self._first[laid[block]] + inside])
+
+    def replacement(self, index: int, attempt: int) -> int:
+        return int(self._indices[key(self._seed, ORDER, -2, index, attempt) % len(self._indices)])
+
+    def _blocks_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks in their order of an epoch, and how many examples there are up to the end of each."""
+        if self._epoch != epoch:
+            count, epoch_key = len(self._first), key(self._seed, ORDER, -3, epoch)
+            self._laid = np.fromiter((permute(i, count, epoch_key) for i in range(count)), np.int64, count)
+            self._ends = np.cumsum(self._sizes[self._laid])
+            self._epoch = epoch
+        return self._laid, self._ends

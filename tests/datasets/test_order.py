@@ -1,12 +1,16 @@
 """Split and sample order: pure functions of a seed, exact in their counts."""
 
+import hashlib
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from smalti.data import ArrayImages, SampleOrder, split
+from smalti.data.order import BlockOrder, splitmix64_of, training_order
 from smalti.errors import ConfigError, DataError
+from smalti.streams import SPLIT, key, splitmix64
 
 
 def image_set(split_names, labels=None, class_names=()):
@@ -25,6 +29,7 @@ def image_set(split_names, labels=None, class_names=()):
 NAMES = [f"name {i}" for i in range(101)]
 GOLDEN_SPLIT = [14, 18, 37, 68, 99]
 GOLDEN_ORDER = [88, 0, 22, 25, 53, 60, 18, 81]
+GOLDEN_BLOCKS = [67, 83, 16, 13, 66, 62, 64, 15]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.125, 0.5, 0.9])
@@ -54,6 +59,47 @@ def test_split_depends_on_names_and_seed_not_on_order():
 def test_split_is_frozen():
     # Golden: a stored run resumes only if the same images stay unseen.
     assert split(image_set(NAMES), 0.05, seed=0).validation.tolist() == GOLDEN_SPLIT
+
+
+def held_out_one_by_one(names, count, seed):
+    """The definition: names ranked by (key, name), one at a time."""
+
+    def rank(name):
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+        return key(seed, SPLIT, int.from_bytes(digest[:8], "little")), name
+
+    return set(sorted(set(names), key=rank)[:count])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, -7, 2**63 + 5])
+def test_split_of_many_names_at_once_is_that_of_one_name_after_the_other(seed):
+    names = [f"n{i % 7}/größe \udce9 {i // 2}" for i in range(2000)]
+    images = image_set(names)
+    for fraction in (0.001, 0.1, 0.77):
+        validation = split(images, fraction, seed).validation
+        expected = held_out_one_by_one(names, round(fraction * len(set(names))), seed)
+        assert [i for i, name in enumerate(names) if name in expected] == validation.tolist()
+
+
+def test_names_of_equal_rank_are_taken_by_name(monkeypatch):
+    from smalti.data import order
+
+    monkeypatch.setattr(order, "splitmix64_of", lambda numbers: np.zeros(len(numbers), np.uint64))
+    parts = split(image_set(["c", "a", "d", "b"]), 0.5, seed=0)
+    assert parts.validation.tolist() == [1, 3]
+
+
+def test_splitmix_of_many_is_splitmix_of_each():
+    numbers = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
+    assert splitmix64_of(numbers).tolist() == [splitmix64(int(n)) for n in numbers]
+
+
+def test_a_million_names_are_split_in_seconds():
+    # A tenth of them here; the whole takes 1.4 s.
+    images = image_set([f"n{i:08d}" for i in range(130_000)])
+    started = time.process_time()
+    split(images, 0.01, 0)
+    assert time.process_time() - started < 5
 
 
 def test_adding_a_name_moves_at_most_the_name_at_the_cut():
@@ -135,3 +181,114 @@ def test_order_refuses_what_it_cannot_draw():
         SampleOrder([], seed=0)
     with pytest.raises(ConfigError, match="no classes"):
         SampleOrder([0], seed=0, class_balanced=True, class_labels=np.zeros(0, np.int64))
+
+
+# Blocks
+
+
+def blocks_of(count, each):
+    return np.arange(0, count, each)
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "window"), [(1, 1, 1), (10, 3, 1), (100, 7, 4), (100, 7, 99), (64, 8, 3), (5, 1, 2), (97, 97, 5)]
+)
+def test_block_order_is_a_new_permutation_in_every_epoch(count, each, window):
+    order = BlockOrder(range(count), blocks_of(count, each), seed=4, window=window)
+    assert len(order) == count
+    epochs = [[order.at(e * count + p) for p in range(count)] for e in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert {e for e, _ in epoch} == {number}
+        assert sorted(i for _, i in epoch) == list(range(count))
+    if count >= 64 and each < count:
+        first, second, third = ([i for _, i in epoch] for epoch in epochs)
+        assert first != second != third != first
+
+
+def test_block_order_takes_only_training_images_of_uneven_and_empty_blocks():
+    starts = np.array([0, 5, 6, 50, 90])
+    train = [i for i in range(100) if i % 3 and not 5 <= i < 50]
+    order = BlockOrder(train, starts, seed=1, window=2)
+    assert sorted(order.at(p)[1] for p in range(len(train))) == train
+    assert {order.replacement(i, a) for i in range(100) for a in range(5)} <= set(train)
+
+
+def test_a_stretch_of_a_block_order_touches_the_blocks_of_its_windows_only():
+    count, each, window = 10_000, 100, 4
+    order = BlockOrder(range(count), blocks_of(count, each), seed=2, window=window)
+    touched = []
+    for start in range(0, count, 400):  # a window is 400 long
+        blocks = {order.at(p)[1] // each for p in range(start, start + 400)}
+        assert len(blocks) == window
+        touched.append(blocks)
+    assert sorted(b for blocks in touched for b in blocks) == list(range(100))
+    across = {order.at(p)[1] // each for p in range(300, 500)}
+    assert len(across) <= 2 * window
+    within = [order.at(p)[1] // each for p in range(64)]
+    assert len(set(within)) == window, "a batch mixes all blocks of its window"
+
+
+def test_block_order_has_random_access_and_depends_on_the_seed():
+    def order(seed):
+        return BlockOrder(range(53), blocks_of(53, 6), seed=seed, window=3)
+
+    forward = [order(1).at(p) for p in range(200)]
+    jumping = order(1)
+    assert [jumping.at(p) for p in reversed(range(200))] == forward[::-1]
+    assert [order(1).at(p) for p in (170, 3, 99)] == [forward[p] for p in (170, 3, 99)]
+    assert [order(2).at(p) for p in range(200)] != forward
+
+
+def test_block_order_is_frozen():
+    # Golden: a stored run goes on with the same images only if these stay.
+    assert [BlockOrder(range(100), blocks_of(100, 10), 0, 3).at(p)[1] for p in range(8)] == GOLDEN_BLOCKS
+
+
+def test_every_image_comes_at_every_part_of_an_epoch_equally_often():
+    count, epochs = 40, 1000
+    order = BlockOrder(range(count), blocks_of(count, 5), seed=0, window=3)
+    found = np.zeros((count, 8))
+    for epoch in range(epochs):
+        for p in range(count):
+            found[order.at(epoch * count + p)[1], p // 5] += 1
+    expected = epochs * 5 / count
+    # Chi-square of 7 degrees of freedom: above 40 once in a million.
+    assert (((found - expected) ** 2 / expected).sum(axis=1) < 40).all()
+
+
+def test_an_order_of_14_million_images_is_ready_at_once():
+    count = 14_000_000
+    started = time.process_time()
+    order = BlockOrder(np.arange(count), blocks_of(count, 1024), seed=0)
+    found = [order.at(5 * count + p) for p in range(1000)]
+    assert time.process_time() - started < 20
+    assert len(set(found)) == 1000
+
+
+class Blocks:
+    def __init__(self, images, far):
+        self.name, self.class_names, self.class_labels = images.name, images.class_names, images.class_labels
+        self.block_starts, self.wants_blocks = np.array([0, 4]), far
+
+
+def test_blocks_are_chosen_where_a_set_wants_them_or_when_asked_for():
+    images = image_set(NAMES[:10], [i % 2 for i in range(10)], ("a", "b"))
+    near, far = Blocks(images, False), Blocks(images, True)
+
+    def kind(catalogue, **options):
+        return type(training_order(catalogue, range(10), 0, **options)).__name__
+
+    assert [kind(c) for c in (images, near, far)] == ["SampleOrder", "SampleOrder", "BlockOrder"]
+    assert [kind(c, shuffle="full") for c in (images, near, far)] == ["SampleOrder"] * 3
+    assert [kind(c, shuffle="blocks") for c in (near, far)] == ["BlockOrder"] * 2
+    assert kind(far, class_balanced=True) == "SampleOrder"
+    with pytest.raises(ConfigError, match="has no blocks"):
+        kind(images, shuffle="blocks")
+    with pytest.raises(ConfigError, match="class-balanced order"):
+        kind(near, shuffle="blocks", class_balanced=True)
+    with pytest.raises(ConfigError, match="at least 1, got 0"):
+        kind(far, window=0)
+    with pytest.raises(DataError, match="no training image"):
+        training_order(far, [], 0)
+    plain = training_order(images, range(10), 0)
+    assert [plain.at(p) for p in range(20)] == [SampleOrder(range(10), 0).at(p) for p in range(20)]
