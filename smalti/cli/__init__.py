@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from smalti.errors import ConfigError, SmaltiError
 
@@ -18,10 +19,12 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "Evaluate",
         "FID and others of runs, folders or .npz files, and how each was made",
     ),
+    "encode": ("smalti.cli.encode", "Encode", "turn images into latents, once, to train on"),
     "compare": ("smalti.cli.compare", "Compare", "numbers of several results side by side, if they were made alike"),
     "convert": ("smalti.cli.convert", "Convert", "turn released or diffusers' weights into a model folder, and back"),
     "presets": ("smalti.cli.presets", "Presets", "list the networks, with counted and published sizes and costs"),
     "cost": ("smalti.cli.cost", "Cost", "parameters, multiply-adds, memory, time; where mixers beat attention"),
+    "launch": ("smalti.cli.launch", "Launch", "print a job file: torchrun, Slurm, Kubernetes, SkyPilot; it restarts"),
     "demo": ("smalti.cli.demo", "Demo", "train on the shipped emoji, sample, and write a page that shows it all"),
     "data check": ("smalti.cli.data", "DataCheck", "look at every image of a folder before training on it"),
     "data build": ("smalti.cli.data", "DataBuild", "make the larger emoji set from public packages"),
@@ -46,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"smalti {__version__}")
         return 0
     try:
-        verb, rest = _split_verb(arguments)
-        _run(verb, rest)
+        read_command(*_split_verb(arguments)).run()
         sys.stdout.flush()
     except SmaltiError as error:
         print(f"smalti: {error}", file=sys.stderr)
@@ -74,7 +76,12 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
     raise ConfigError(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], VERBS)}; see `smalti --help`")
 
 
-def _run(verb: str, arguments: list[str]) -> None:
+def read_command(verb: str, arguments: list[str]) -> Any:
+    """A verb with its flags read, and not yet run.
+
+    Raises:
+        ConfigError: a value that settings refuse. SystemExit: wrong flags, which were told on stderr; or --help.
+    """
     import tyro
 
     module, name, _ = VERBS[verb]
@@ -93,7 +100,7 @@ def _run(verb: str, arguments: list[str]) -> None:
             raise error from None
         sys.stderr.write(said.getvalue())
         raise
-    config.run()
+    return config
 
 
 def _refusal(error: BaseException | None) -> ConfigError | None:

@@ -139,7 +139,7 @@ def read_record(folder: Path) -> SampleRecord:
         raise CheckpointError(f"{error}; it was written by another smalti than this one") from error
 
 
-def first_difference(stored: SampleIdentity, wanted: SampleIdentity) -> str:
+def first_difference(stored: Any, wanted: Any) -> str:
     """The first setting in which two sets differ, as "name: stored there, wanted now"; "" if none does."""
     there, now = _flat(to_dict(stored)), _flat(to_dict(wanted))
     for name in now:
