@@ -13,6 +13,19 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full-faults", action="store_true", help="rows of the failure table at full count: make test-faults"
+    )
+
+
+@pytest.fixture(scope="session")
+def how_often(request):
+    """`how_often(40, 200)`: the count of a row of the failure table in `make test`, and in `make test-faults`."""
+    full = request.config.getoption("--full-faults")
+    return lambda short, whole: whole if full else short
+
+
 @pytest.fixture
 def deterministic():
     """Repeatable kernels only; fresh memory is filled with NaN, so that reading it before writing it shows.

@@ -87,6 +87,7 @@ def test_what_was_converted_can_be_sampled(released, capsys):
     assert Path("pictures/grid.png").exists()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("weights", "seed"), [("auto", 1), ("ema", 1), ("model", 0)])
 def test_a_training_checkpoint_says_itself_what_it_is(trained, capsys, weights, seed, monkeypatch):
     # The preset is made small, so that the file's own name for it leads to this network.
@@ -108,6 +109,7 @@ def test_one_short_line_is_enough_for_a_released_file(capsys):
     assert load_bundle(Path("DiT-S-8-256x256-smalti")).model.config == PRESETS["dit-s-8"].config
 
 
+@pytest.mark.faults
 def test_there_and_back_gives_the_same_bits(released, capsys):
     assert run(capsys, SOURCE, released, "--out", "ours", "--set", *SET)[0] == 0
     code, lines, _ = run(capsys, "smalti", "ours", "--to", "official", "--out", "back.safetensors")
@@ -138,6 +140,7 @@ def test_names_left_by_a_training_wrapper_are_taken_off(capsys):
 # --- what does not fit
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "change", ["hidden_size=48", "depth=3", "num_classes=6", "input_size=16", "in_channels=3", "learn_sigma=false"]
 )
@@ -149,6 +152,7 @@ def test_wrong_hyperparameters_are_a_table_with_exit_65_and_nothing_is_written(r
     assert here() == ["w.safetensors"]
 
 
+@pytest.mark.faults
 def test_weights_of_no_preset_are_shown_beside_the_nearest(released, capsys):
     code, out, err = run(capsys, SOURCE, released)
     assert (code, out) == (65, [])
@@ -157,6 +161,7 @@ def test_weights_of_no_preset_are_shown_beside_the_nearest(released, capsys):
     assert here() == ["w.safetensors"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -195,6 +200,7 @@ def test_a_network_that_was_never_released_stays_ours(capsys):
     assert here() == ["ours"]
 
 
+@pytest.mark.faults
 def test_a_disk_that_fills_up_leaves_nothing_behind(released, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")

@@ -133,6 +133,7 @@ def whole(folder):
     return seed
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("mode", ["kill", "lost", "names", "mixed", "full disk"])
 def test_replacing_a_model_leaves_the_old_or_the_new_one_whole_whatever_happens(tmp_path, faults, mode):
     start, end = crash_points(tmp_path, faults)
@@ -159,13 +160,15 @@ def test_replacing_a_model_leaves_the_old_or_the_new_one_whole_whatever_happens(
     assert 1 in seen
 
 
-def test_every_flipped_bit_and_every_cut_of_a_model_is_found(tmp_path):
+@pytest.mark.faults
+def test_every_flipped_bit_and_every_cut_of_a_model_is_found(tmp_path, how_often):
+    flips, cuts = how_often(60, 400), how_often(60, 200)
     save_model(tmp_path, network(), extra={"class_names": ["a", "b"]})
     rng = random.Random(0)
-    for i in range(120):
+    for i in range(flips + cuts):
         file = tmp_path / ("config.json", "model.safetensors")[i % 2]
         good = file.read_bytes()
-        if i < 60:
+        if i < flips:
             bad = bytearray(good)
             bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
         else:
@@ -192,6 +195,7 @@ def test_a_missing_folder_an_empty_one_and_half_a_model_are_told_apart(tmp_path)
         load_model(tmp_path)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.ckpt", "pytorch_model.bin", "model.pkl"])
 def test_a_pickle_is_refused_and_not_opened(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
@@ -199,6 +203,7 @@ def test_a_pickle_is_refused_and_not_opened(tmp_path, name):
         load_model(tmp_path / name)
 
 
+@pytest.mark.faults
 def test_a_newer_format_is_refused_with_advice(tmp_path):
     save_model(tmp_path, network())
     rewrite(tmp_path, version=2, smalti="9.9")
@@ -230,6 +235,7 @@ def test_an_unknown_backbone_and_an_unknown_setting_are_checkpoint_errors(tmp_pa
         load_model(tmp_path)
 
 
+@pytest.mark.faults
 def test_weights_of_another_model_are_refused_with_a_short_table(tmp_path):
     save_model(tmp_path, network())
     good = json.loads((tmp_path / "config.json").read_text())["model"]
@@ -248,6 +254,7 @@ def test_weights_of_another_model_are_refused_with_a_short_table(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "changes",
     [
@@ -274,6 +281,7 @@ def test_tensors_of_another_preset_are_never_loaded(changes):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.faults
 def test_tensors_of_the_same_preset_are_loaded_in_place():
     model, other = network(seed=1), network(seed=2)
     head = model.head.out.weight

@@ -200,6 +200,7 @@ def malicious(tmp_path_factory):
     return payloads(folder, root / "canary")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("guard", ["guarded", "bare"])
 def test_no_payload_runs_and_each_is_refused_with_and_without_the_guard_of_the_process(malicious, guard):
     results = read_all(malicious, guard)
@@ -212,6 +213,7 @@ def test_no_payload_runs_and_each_is_refused_with_and_without_the_guard_of_the_p
     assert (malicious.parent / "evil.py").exists()
 
 
+@pytest.mark.faults
 def test_the_loop_over_payloads_would_see_one_that_runs(tmp_path):
     code = "import sys; sys.addaudithook(lambda e, a: print(e) if e == 'os.system' else None); import pickle; "
     save_bytes = pickle.dumps(Call(os.system, f"touch {tmp_path / 'canary'}"))
@@ -222,6 +224,7 @@ def test_the_loop_over_payloads_would_see_one_that_runs(tmp_path):
     assert (tmp_path / "canary").exists()
 
 
+@pytest.mark.faults
 def test_the_whole_way_refuses_a_payload_and_names_what_it_asks_for(malicious):
     with pytest.raises(CheckpointError, match=r"asks for code when it is read \(posix\.system\)") as caught:
         read_foreign(malicious / "reduce_system.pt")
@@ -261,6 +264,7 @@ def python(code, *arguments, **options):
     return subprocess.run(command, env=path, capture_output=True, text=True, check=True, **options).stdout
 
 
+@pytest.mark.faults
 def test_the_guard_stops_what_gets_past_the_unpickler(tmp_path):
     said = python(TRIES, *DEEDS, cwd=tmp_path).splitlines()
     assert len(said) == len(DEEDS)
@@ -268,6 +272,7 @@ def test_the_guard_stops_what_gets_past_the_unpickler(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_the_process_has_no_network_where_the_kernel_allows_it():
     code = "from smalti.storage import isolate; print(isolate.leave_network(), open('/proc/net/dev').read().count(':'))"
     left, devices = python(code).split()
@@ -291,6 +296,7 @@ ODD = {
 }
 
 
+@pytest.mark.faults
 def test_what_is_no_table_of_plain_tensors_is_refused_before_it_is_made(tmp_path):
     for name, (value, _) in ODD.items():
         save(tmp_path / name, value)
@@ -301,6 +307,7 @@ def test_what_is_no_table_of_plain_tensors_is_refused_before_it_is_made(tmp_path
 # --- archives
 
 
+@pytest.mark.faults
 def test_a_packed_archive_is_refused_before_it_is_unpacked(tmp_path):
     path = archive(tmp_path / "w.pt", b"\0" * (300 << 20), compression=zipfile.ZIP_DEFLATED)
     started = time.monotonic()
@@ -309,6 +316,7 @@ def test_a_packed_archive_is_refused_before_it_is_unpacked(tmp_path):
     assert time.monotonic() - started < 1
 
 
+@pytest.mark.faults
 def test_an_archive_of_very_many_members_is_refused_at_once(tmp_path):
     path = tmp_path / "w.pt"
     with zipfile.ZipFile(path, "w") as file:
@@ -320,6 +328,7 @@ def test_an_archive_of_very_many_members_is_refused_at_once(tmp_path):
     assert time.monotonic() - started < 1
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -339,6 +348,7 @@ def test_an_archive_of_something_else_is_refused(tmp_path, members, message):
         read_foreign(path)
 
 
+@pytest.mark.faults
 def test_no_flipped_or_missing_byte_of_an_archive_goes_unnoticed(tmp_path):
     # Every byte of the tensors is covered by a checksum; those of the archive itself may be of no meaning.
     content = save(tmp_path / "w.pt", GOOD).read_bytes()
@@ -397,6 +407,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_bad_header_is_refused_in_a_tenth_of_a_second(tmp_path, name):
     path = tmp_path / "w.safetensors"
@@ -409,6 +420,7 @@ def test_a_bad_header_is_refused_in_a_tenth_of_a_second(tmp_path, name):
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.faults
 def test_a_tensor_name_is_never_a_path(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"".join(map(bytes, file_pieces({"../../etc/passwd": torch.ones(1)}))))
@@ -416,6 +428,7 @@ def test_a_tensor_name_is_never_a_path(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("mutants", [500, pytest.param(5000, marks=pytest.mark.slow)])
 def test_mutated_headers_are_refused_or_harmless_and_never_a_crash(tmp_path, mutants):
     good = b"".join(map(bytes, file_pieces(GOOD)))
@@ -464,6 +477,7 @@ KINDS = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", KINDS)
 def test_other_kinds_of_file_are_refused_with_advice(tmp_path, name):
     make, message = KINDS[name]
@@ -473,6 +487,7 @@ def test_other_kinds_of_file_are_refused_with_advice(tmp_path, name):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.faults
 def test_folders_are_refused_with_advice_and_nothing_in_them_is_read(tmp_path):
     canary = tmp_path / "canary"
     (tmp_path / "dcp").mkdir()
@@ -493,6 +508,7 @@ def test_folders_are_refused_with_advice_and_nothing_in_them_is_read(tmp_path):
 # --- the process itself
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("program", "error", "message"),
     [

@@ -10,13 +10,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    """SMALTI_KILLS=200 for the long form."""
-    kills = os.environ.get("SMALTI_KILLS", "40")
+def outcome(tmp_path_factory, how_often):
+    kills, rounds = str(how_often(40, 200)), str(how_often(10, 50))
     folder = tmp_path_factory.mktemp("kill")
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "kill_loop.py"), str(folder), kills, "10"],
+        [sys.executable, "-W", "ignore", str(HERE / "kill_loop.py"), str(folder), kills, rounds],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -26,6 +25,7 @@ def outcome(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.faults
 def test_kills_at_random_moments_lose_tear_and_spoil_nothing(outcome):
     store = outcome["store"]
     assert store["saves"] >= store["kills"] // 2
@@ -37,6 +37,7 @@ def test_kills_at_random_moments_lose_tear_and_spoil_nothing(outcome):
     }
 
 
+@pytest.mark.faults
 def test_a_second_process_is_refused_by_name_and_a_killed_holder_frees_the_folder(outcome):
     rounds = outcome["lock"]["rounds"]
     assert outcome["lock"] == {"rounds": rounds, "refused": rounds, "named": rounds, "freed": rounds}

@@ -15,6 +15,7 @@ def left_behind(folder, **changes):
     (folder / ".lock").write_text(json.dumps(holder))
 
 
+@pytest.mark.faults
 def test_a_second_holder_is_told_who_the_first_is(tmp_path):
     with RunLock(tmp_path / "run"):
         with pytest.raises(RunLockedError, match=rf"process {os.getpid()} on .* since \d{{4}}-") as error:
@@ -31,6 +32,7 @@ def test_two_folders_are_two_locks(tmp_path):
         pass
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "changes", [{"pid": 2**31 - 1}, {"started": 1}, {"boot_id": "before"}, {"boot_id": "before", "pid": 1}]
 )
@@ -40,6 +42,7 @@ def test_a_stale_lock_of_this_machine_is_taken_over(tmp_path, changes):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.faults
 def test_a_lock_left_by_another_machine_is_taken_only_on_request(tmp_path):
     left_behind(tmp_path, host="elsewhere", boot_id="another")
     with pytest.raises(RunLockedError, match=r"left locked by process .* on elsewhere .* steal"):
@@ -50,6 +53,7 @@ def test_a_lock_left_by_another_machine_is_taken_only_on_request(tmp_path):
         pass
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "\x00\x00"])
 def test_a_lock_file_that_was_not_finished_is_no_obstacle(tmp_path, content):
     (tmp_path / ".lock").write_text(content)

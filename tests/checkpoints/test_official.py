@@ -90,6 +90,7 @@ def test_the_golden_files_cover_guidance_gradients_a_missing_null_row_and_a_tabl
     assert any(entry["hyperparams"]["class_dropout_prob"] == 0 for entry in INDEX.values())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", INDEX)
 def test_weights_go_there_and_back_bit_for_bit(name):
     _, weights, hyperparameters = golden(name)
@@ -152,6 +153,7 @@ def test_half_precision_weights_with_a_float32_table_become_one_dtype():
 # --- names ---
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_key_map_is_total_and_invertible_on_every_released_preset(preset):
     row = PRESETS[preset]
@@ -225,6 +227,7 @@ def test_an_unknown_source_is_a_config_error():
         from_official("facebookresearch/dit", {})
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "change",
     [
@@ -247,6 +250,7 @@ def test_weights_of_another_preset_are_refused_with_a_table(change):
         from_official(SOURCE, weights, **(hyperparameters | change))
 
 
+@pytest.mark.faults
 def test_missing_and_unexpected_keys_are_listed():
     _, weights, hyperparameters = golden("dit_p8.safetensors")
     renamed = {k.replace("blocks.1.attn.proj.bias", "blocks.1.attn.prj.bias"): v for k, v in weights.items()}

@@ -126,6 +126,7 @@ def test_the_released_arithmetic_is_the_default_and_not_the_published_formula():
     )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", INDEX)
 def test_weights_go_there_and_back_bit_for_bit(name):
     _, weights, hyperparameters = golden(name)
@@ -182,6 +183,7 @@ def test_a_config_says_the_hyperparameters_that_build_it_again(name):
 # --- names ---
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_key_map_is_total_and_invertible_on_every_released_preset(preset):
     row = PRESETS[preset]
@@ -245,6 +247,7 @@ def test_wrong_hyperparameters_are_config_errors_in_one_line(change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "change",
     [

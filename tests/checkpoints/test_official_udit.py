@@ -142,6 +142,7 @@ def test_the_released_defect_is_not_repeated():
 # --- names ---
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", INDEX)
 def test_weights_go_there_and_back_bit_for_bit(name):
     _, weights, hyperparameters = golden(name)
@@ -150,6 +151,7 @@ def test_weights_go_there_and_back_bit_for_bit(name):
     assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in weights.items())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_key_map_is_total_and_invertible_on_every_released_preset(preset):
     row = PRESETS[preset]
@@ -214,6 +216,7 @@ def test_wrong_hyperparameters_are_config_errors(change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "change",
     [

@@ -103,6 +103,7 @@ def test_saving_a_step_again_replaces_it(tmp_path, faults):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-0000000010"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("group", ["model", "ema", "optimizer"])
 def test_weights_that_are_not_finite_are_refused_and_displace_nothing(tmp_path, faults, bad, group):
@@ -124,6 +125,7 @@ def test_steps_and_groups_that_cannot_be_names_are_refused(tmp_path, step, group
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_too_little_space_is_refused_before_anything_is_written(tmp_path, faults):
     fs = faults.FileSystem(tmp_path)
     store = CheckpointStore(tmp_path, fs=fs)
@@ -154,6 +156,7 @@ def crash_points(tmp_path, faults, **kw):
     return fs.calls
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("again", [False, True], ids=["new-step", "same-step"])
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_a_process_killed_at_any_point_of_a_save_loses_nothing(tmp_path, faults, keep_last, again):
@@ -176,6 +179,7 @@ def test_a_process_killed_at_any_point_of_a_save_loses_nothing(tmp_path, faults,
         shutil.rmtree(root)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("mode", ["lost", "names", "mixed"])
 @pytest.mark.parametrize("again", [False, True], ids=["new-step", "same-step"])
 def test_a_power_cut_at_any_point_of_a_save_loses_nothing(tmp_path, faults, mode, again):
@@ -200,6 +204,7 @@ def test_a_power_cut_at_any_point_of_a_save_loses_nothing(tmp_path, faults, mode
         shutil.rmtree(root)
 
 
+@pytest.mark.faults
 def test_the_power_cut_model_catches_a_writer_that_does_not_sync(tmp_path, faults):
     class Hasty(faults.FileSystem):
         def sync_folder(self, path):
@@ -211,6 +216,7 @@ def test_the_power_cut_model_catches_a_writer_that_does_not_sync(tmp_path, fault
     assert CheckpointStore(disk / "run").load_newest(never) is None
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "lasting"),
     [(errno.ENOSPC, False), (errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EFBIG, False), (errno.EIO, False)],
@@ -242,6 +248,7 @@ def test_a_disk_that_fails_at_any_call_costs_no_stored_checkpoint(tmp_path, faul
         shutil.rmtree(root)
 
 
+@pytest.mark.faults
 def test_a_file_size_limit_of_the_real_system_is_a_storage_error(tmp_path, faults):
     resource = pytest.importorskip("resource")
     store = CheckpointStore(tmp_path)
@@ -257,17 +264,19 @@ def test_a_file_size_limit_of_the_real_system_is_a_storage_error(tmp_path, fault
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_every_flipped_bit_and_every_cut_is_found_and_the_older_checkpoint_taken(tmp_path, faults):
+@pytest.mark.faults
+def test_every_flipped_bit_and_every_cut_is_found_and_the_older_checkpoint_taken(tmp_path, faults, how_often):
+    flips, cuts = how_often(60, 400), how_often(60, 200)
     store = CheckpointStore(tmp_path, keep_last=2)
     save(store, 10, faults)
     path = save(store, 20, faults)
     rng = random.Random(0)
     files = sorted(path.iterdir())
     assert len(files) == 6
-    for i in range(120):
+    for i in range(flips + cuts):
         file = files[i % len(files)]
         good = file.read_bytes()
-        if i < 60:
+        if i < flips:
             bad = bytearray(good)
             bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
         else:
@@ -300,6 +309,7 @@ def test_a_missing_file_and_a_renamed_folder_are_found(tmp_path, faults):
     assert len(skipped) == 1
 
 
+@pytest.mark.faults
 def test_a_damaged_new_checkpoint_stops_the_deletion_of_old_ones(tmp_path, faults):
     class Lossy(faults.FileSystem):
         """Says yes to everything, and stores a wrong byte."""
@@ -322,6 +332,7 @@ def test_a_damaged_new_checkpoint_stops_the_deletion_of_old_ones(tmp_path, fault
     assert len(skipped) == 1
 
 
+@pytest.mark.faults
 def test_a_manifest_cannot_lead_outside_its_folder(tmp_path, faults):
     store = CheckpointStore(tmp_path)
     path = save(store, 1, faults)
@@ -333,6 +344,7 @@ def test_a_manifest_cannot_lead_outside_its_folder(tmp_path, faults):
         store.load(1)
 
 
+@pytest.mark.faults
 def test_a_newer_format_is_refused_and_not_skipped(tmp_path, faults):
     store = CheckpointStore(tmp_path)
     save(store, 1, faults)
@@ -349,6 +361,7 @@ def leftovers(folder):
     return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
 
 
+@pytest.mark.faults
 def test_leftovers_of_dead_writers_are_swept_and_those_of_living_ones_stay(tmp_path, faults):
     fs = faults.FileSystem(tmp_path)
     store = CheckpointStore(tmp_path, fs=fs)
@@ -368,6 +381,7 @@ def test_leftovers_of_dead_writers_are_swept_and_those_of_living_ones_stay(tmp_p
     assert len(leftovers(tmp_path)) == 1
 
 
+@pytest.mark.faults
 def test_leftovers_of_a_foreign_machine_are_swept_only_by_the_sole_writer(tmp_path, faults):
     with faults.dying_process(host="elsewhere", boot="another"):
         fs = faults.FileSystem(tmp_path)
@@ -380,6 +394,7 @@ def test_leftovers_of_a_foreign_machine_are_swept_only_by_the_sole_writer(tmp_pa
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.faults
 def test_leftovers_from_before_a_reboot_are_swept(tmp_path, faults):
     with faults.dying_process(boot="before"):
         fs = faults.FileSystem(tmp_path)
@@ -390,6 +405,7 @@ def test_leftovers_from_before_a_reboot_are_swept(tmp_path, faults):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.faults
 def test_a_replaced_checkpoint_returns_when_its_successor_is_damaged(tmp_path, faults):
     store = CheckpointStore(tmp_path)
     path = save(store, 10, faults)

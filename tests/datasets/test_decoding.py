@@ -36,6 +36,7 @@ def png(rows, columns, bit_depth, colour_type, body, *extra):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("format_name", ["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"])
 def test_every_allowed_format_gives_its_colour_back(format_name):
     options = {"lossless": True} if format_name == "WEBP" else {}
@@ -46,27 +47,32 @@ def test_every_allowed_format_gives_its_colour_back(format_name):
     assert np.abs(np.asarray(found.image).astype(int) - RED).max() <= tolerance
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("mode", "stored", "shown"), [("1", 1, 255), ("L", 77, 77)])
 def test_grey_modes_become_equal_channels(mode, stored, shown):
     assert (pixels(saved(Image.new(mode, (2, 2), stored))) == shown).all()
 
 
+@pytest.mark.faults
 def test_sixteen_bit_grey_is_divided_by_257_and_does_not_saturate():
     wide = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
     assert pixels(saved(Image.fromarray(wide)))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.faults
 def test_sixteen_bit_grey_shows_its_transparent_value_white():
     rows = zlib.compress(b"\0" + struct.pack(">3H", 0, 1000, 2570))
     data = png(1, 3, 16, 0, rows, png_chunk(b"tRNS", struct.pack(">H", 1000)))
     assert pixels(data)[0, :, 0].tolist() == [0, 255, 10]
 
 
+@pytest.mark.faults
 def test_sixteen_bit_colour_keeps_its_brightness():
     rows = zlib.compress(b"\0" + struct.pack(">3H", 0, 128 * 257, 65535))
     assert pixels(png(1, 1, 16, 2, rows))[0, 0].tolist() == [0, 128, 255]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_alpha_zero_shows_white_whatever_colour_lies_below(mode):
     below = Image.new("RGBA", (2, 1), (10, 10, 10, 0))
@@ -75,11 +81,13 @@ def test_alpha_zero_shows_white_whatever_colour_lies_below(mode):
     assert pixels(data)[0].tolist() == [[255, 255, 255], [10, 10, 10]]
 
 
+@pytest.mark.faults
 def test_half_alpha_is_mixed_with_white():
     # 0 * 128/255 + 255 * 127/255 = 127
     assert pixels(saved(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))).ravel().tolist() == [127] * 3
 
 
+@pytest.mark.faults
 def test_transparent_palette_entry_and_transparent_colour_show_white():
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
@@ -89,6 +97,7 @@ def test_transparent_palette_entry_and_transparent_colour_show_white():
     assert pixels(saved(colour, transparency=(1, 2, 3)))[0].tolist() == [[255, 255, 255]]
 
 
+@pytest.mark.faults
 def test_cmyk_is_converted():
     # No ink is white; full magenta and yellow is red, within the JPEG's rounding of each of two channels.
     found = pixels(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
@@ -96,6 +105,7 @@ def test_cmyk_is_converted():
     assert decode(saved(Image.new("CMYK", (8, 8)), "JPEG")).mode == "CMYK"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_camera_rotation_is_undone(orientation):
     upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
@@ -116,6 +126,7 @@ def test_camera_rotation_is_undone(orientation):
     assert pixels(data)[..., 0].tolist() == upright.tolist()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_animation_gives_frame_0_and_says_so(format_name):
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, WHITE)]
@@ -126,6 +137,7 @@ def test_animation_gives_frame_0_and_says_so(format_name):
     assert decode(saved(frames[0], format_name)).notes == ()
 
 
+@pytest.mark.faults
 def test_content_decides_the_format_not_the_name():
     assert decode(saved(Image.new("RGB", (2, 2)), "PNG")).format == "PNG"
 
@@ -166,6 +178,7 @@ def flip(data, position):
     return data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", REFUSED)
 def test_unusable_file_is_refused_at_once_with_a_one_line_reason(kind):
     make, reason = REFUSED[kind]
@@ -180,6 +193,7 @@ def test_unusable_file_is_refused_at_once_with_a_one_line_reason(kind):
     assert grown < 50 * 2**20
 
 
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_file_cut_anywhere_is_refused_or_gives_all_its_pixels(format_name):

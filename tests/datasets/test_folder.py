@@ -74,6 +74,7 @@ def test_images_of_several_sizes_need_a_size(animals):
 # Errors
 
 
+@pytest.mark.faults
 def test_missing_folder_and_file_in_place_of_a_folder(tmp_path):
     with pytest.raises(DataError, match=r"neither an image set .* nor an existing folder"):
         load_image_set(tmp_path / "nothing")
@@ -84,6 +85,7 @@ def test_missing_folder_and_file_in_place_of_a_folder(tmp_path):
         load_image_set(tmp_path / "file")
 
 
+@pytest.mark.faults
 def test_folder_without_images(tmp_path):
     with pytest.raises(DataError, match=r"no image in this folder; give"):
         load_image_set(tmp_path)
@@ -93,6 +95,7 @@ def test_folder_without_images(tmp_path):
         load_image_set(tmp_path)
 
 
+@pytest.mark.faults
 def test_unreadable_files_are_listed_and_can_be_left_out(animals):
     whole = (animals / "cats" / "0.png").read_bytes()
     for i in range(7):
@@ -110,6 +113,7 @@ def test_unreadable_files_are_listed_and_can_be_left_out(animals):
     assert only_cats.class_names == ("cats",)
 
 
+@pytest.mark.faults
 def test_one_broken_image_among_good_ones_is_named_with_its_reason(animals):
     (animals / "dogs" / "x.jpg").write_text("not really a picture")
     with pytest.raises(DataError, match=r"1 of 13 files cannot be used \('dogs/x.jpg': not a JPEG.*\); ") as caught:
@@ -117,6 +121,7 @@ def test_one_broken_image_among_good_ones_is_named_with_its_reason(animals):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.faults
 def test_class_without_image_is_an_error_unless_allowed(animals):
     (animals / "ants").mkdir()
     with pytest.raises(DataError, match="no image in class folder 'ants'"):
@@ -126,6 +131,7 @@ def test_class_without_image_is_an_error_unless_allowed(animals):
     assert set(allowed.class_labels.tolist()) == {1, 2}
 
 
+@pytest.mark.faults
 def test_class_whose_images_are_all_broken_counts_as_empty(animals):
     (animals / "bad").mkdir()
     (animals / "bad" / "x.png").write_bytes(b"")
@@ -133,6 +139,7 @@ def test_class_whose_images_are_all_broken_counts_as_empty(animals):
         load_image_set(animals, skip_unreadable=True)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("twin", ["Cats", "CATS"])
 def test_class_names_that_differ_by_case_are_refused(animals, twin):
     put(animals / twin / "x.png")
@@ -140,12 +147,14 @@ def test_class_names_that_differ_by_case_are_refused(animals, twin):
         load_image_set(animals)
 
 
+@pytest.mark.faults
 def test_images_beside_class_folders_are_refused(animals):
     put(animals / "stray.png")
     with pytest.raises(DataError, match=r"1 images lie beside the class folders, such as 'stray.png'"):
         load_image_set(animals)
 
 
+@pytest.mark.faults
 def test_class_only_in_validation_is_refused_unless_allowed(animals):
     put(animals / "ants" / "x.png", (200, 0, 0))
     images = load_image_set(animals)
@@ -158,6 +167,7 @@ def test_class_only_in_validation_is_refused_unless_allowed(animals):
 # Odd trees
 
 
+@pytest.mark.faults
 def test_links_outside_are_refused_and_loops_end(animals, tmp_path):
     put(tmp_path / "outside" / "secret.png")
     os.symlink(animals, animals / "cats" / "loop")
@@ -185,11 +195,13 @@ def test_a_linked_root_is_fine(animals, tmp_path):
     assert load_image_set(tmp_path / "link").fingerprint == load_image_set(animals).fingerprint
 
 
+@pytest.mark.faults
 def test_pipes_do_not_block(animals):
     os.mkfifo(animals / "cats" / "pipe.png")
     assert [r.path for r in index_folder(animals).unusable] == ["cats/pipe.png"]
 
 
+@pytest.mark.faults
 def test_unreadable_folder_is_reported(animals, monkeypatch):
     scandir = os.scandir
 
@@ -204,6 +216,7 @@ def test_unreadable_folder_is_reported(animals, monkeypatch):
         load_image_set(animals)
 
 
+@pytest.mark.faults
 def test_odd_names_survive(tmp_path):
     names = [b"new\nline.png", b"caf\xe9.png", "größe.png".encode(), b" .png", b"quote'\".png"]
     put(tmp_path / "a.png")
@@ -233,6 +246,7 @@ def test_fingerprint_is_of_contents_not_of_place_or_time(animals, tmp_path):
     assert load_image_set(animals, 4).fingerprint != first
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("change", ["add", "remove", "overwrite", "rename", "relabel"])
 def test_fingerprint_sees_every_change(animals, change):
     first = load_image_set(animals).fingerprint
@@ -275,6 +289,7 @@ def test_large_sets_are_read_from_their_files(uncached):
     assert uncached.read(7)[0, 0].tolist() == [7, 7, 7]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", ["remove", "overwrite", "truncate", "touch", "pipe"])
 def test_changed_file_is_replaced_by_the_same_training_image_every_time(uncached, damage):
     path = uncached.index.root / "03.png"
@@ -303,6 +318,7 @@ def test_changed_file_is_replaced_by_the_same_training_image_every_time(uncached
     assert shown == found
 
 
+@pytest.mark.faults
 def test_too_many_changed_files_stop_the_run(uncached):
     for i in (3, 4):
         (uncached.index.root / f"{i:02}.png").unlink()
@@ -313,6 +329,7 @@ def test_too_many_changed_files_stop_the_run(uncached):
     assert not isinstance(caught.value, ChangedFileError)
 
 
+@pytest.mark.faults
 def test_one_failure_in_a_thousand_reads_is_tolerated(uncached):
     (uncached.index.root / "03.png").unlink()
     for i in range(2999):

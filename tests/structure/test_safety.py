@@ -93,6 +93,7 @@ def at_import(tree):
         todo += list(ast.iter_child_nodes(node))
 
 
+@pytest.mark.faults
 @EACH
 def test_no_module_runs_what_a_file_says(path):
     assert list(problems_of(ast.parse(path.read_text()))) == []
@@ -122,6 +123,7 @@ def test_no_network_is_loaded_with_keys_left_over(path):
             assert values.get("strict", "True") == "True", f"line {node.lineno}"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("code", "problem"),
     [

@@ -203,6 +203,7 @@ def unchanged(before, after):
     return before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_changes_nothing_but_the_counters(setting, monkeypatch, value):
     config, batches, new_state = setting
@@ -222,6 +223,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_but_the_counters(setting, mon
     assert not unchanged(before, snapshot(state))
 
 
+@pytest.mark.faults
 def test_a_gradient_that_is_not_finite_is_skipped_as_well(setting):
     config, batches, new_state = setting
     state = new_state()
@@ -234,6 +236,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_as_well(setting):
     handle.remove()
 
 
+@pytest.mark.faults
 def test_after_a_skipped_step_training_is_as_if_only_that_batch_had_not_been(setting, monkeypatch):
     """The average's warm-up and AdamW count the updates that were made, the data the steps."""
     config, batches, new_state = setting
@@ -257,6 +260,7 @@ def test_after_a_skipped_step_training_is_as_if_only_that_batch_had_not_been(set
     assert unchanged(snapshot(other), snapshot(state))
 
 
+@pytest.mark.faults
 def test_ten_skips_in_a_thousand_steps_are_borne_and_the_eleventh_stops_the_run(setting, monkeypatch):
     config, batches, new_state = setting
     spoil(monkeypatch, set(range(2, 13)), math.nan)
@@ -287,6 +291,7 @@ def test_skips_of_long_ago_do_not_count(setting, monkeypatch):
         list(train_steps(state, batches, replace(config, steps=2001)))
 
 
+@pytest.mark.faults
 def test_a_nan_in_the_weights_is_never_stored(setting, tmp_path):
     _, _, new_state = setting
     state, store = new_state(), CheckpointStore(tmp_path / "checkpoints")

@@ -135,6 +135,7 @@ def test_labels_can_be_left_out(data, tmp_path):
     assert math.isfinite(result.validation.mean)
 
 
+@pytest.mark.faults
 def test_changed_settings_that_make_no_other_run_are_noted(data, tmp_path, capsys):
     config = tiny_config(tmp_path, data)
     train(config)
@@ -262,10 +263,12 @@ CHANGES = {
 }
 
 
+@pytest.mark.faults
 def test_every_setting_of_the_identity_has_a_test():
     assert set(CHANGES) == set(IDENTITY)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_run_in_the_same_folder_is_refused_by_the_name_of_the_setting(finished, name):
     config, _ = finished
@@ -278,6 +281,7 @@ def test_another_run_in_the_same_folder_is_refused_by_the_name_of_the_setting(fi
     assert {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
+@pytest.mark.faults
 def test_changed_images_are_refused(tmp_path, data):
     folder = write_set(tmp_path / "set")
     config = tiny_config(tmp_path / "run", folder, steps=2)
@@ -288,6 +292,7 @@ def test_changed_images_are_refused(tmp_path, data):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.faults
 def test_more_steps_continue_a_finished_run_and_the_bits_are_those_of_a_longer_one(tmp_path, data):
     """With a decay of its own: the default follows the length of the run."""
     config = tiny_config(tmp_path / "short", data, steps=3, checkpoint_every=0, ema_decay=0.9)
@@ -300,6 +305,7 @@ def test_more_steps_continue_a_finished_run_and_the_bits_are_those_of_a_longer_o
     assert [line["step"] for line in read_log(config.out) if line["event"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.faults
 def test_how_often_something_is_written_may_change(tmp_path, data):
     config = tiny_config(tmp_path, data, steps=2)
     train(config)
@@ -307,6 +313,7 @@ def test_how_often_something_is_written_may_change(tmp_path, data):
     assert CheckpointStore(tmp_path / "checkpoints").steps() == [4]
 
 
+@pytest.mark.faults
 def test_a_second_writer_is_refused_and_changes_nothing(finished):
     config, _ = finished
     before = {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -316,6 +323,7 @@ def test_a_second_writer_is_refused_and_changes_nothing(finished):
     assert {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
+@pytest.mark.faults
 def test_a_damaged_newest_checkpoint_is_passed_over_by_name(tmp_path, data, capsys):
     config = tiny_config(tmp_path, data)
     whole = train(config)
