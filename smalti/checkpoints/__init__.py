@@ -4,6 +4,7 @@ from smalti.checkpoints.keymap import KeyMap
 from smalti.checkpoints.lock import RunLock
 from smalti.checkpoints.maps import MAPS
 from smalti.checkpoints.official import from_official, official_shapes, to_official
+from smalti.checkpoints.saver import AsyncSaver
 from smalti.checkpoints.shards import Groups, Piece, StoredCheckpoint
 from smalti.checkpoints.store import CheckpointStore
 from smalti.models.files import Bundle, load_bundle, load_model, save_model
@@ -12,6 +13,7 @@ from smalti.storage.tensors import load_tensors
 
 __all__ = [
     "MAPS",
+    "AsyncSaver",
     "Bundle",
     "CheckpointStore",
     "FileSystem",

@@ -202,7 +202,7 @@ class CheckpointStore:
                 return self._read(together, self.folder / name, step)
             except NewerFormatError:
                 raise
-            except (CheckpointError, OSError) as error:
+            except CheckpointError as error:
                 if self.world.rank == 0:
                     on_skip(f"checkpoint {name} is skipped: {error}")
         return None
@@ -224,7 +224,7 @@ class CheckpointStore:
                 return self._read(together, self.folder / name, step)
             except NewerFormatError:
                 raise
-            except (CheckpointError, OSError) as error:
+            except CheckpointError as error:
                 problems.append(str(error))
         raise CheckpointError(f"{problems[0]}; choose another step: {have}")
 
@@ -380,10 +380,13 @@ class CheckpointStore:
 
         def check() -> str:
             nonlocal found
-            manifest = verify_folder(path, share=self.world, late=late)
-            if manifest["step"] != step:
-                raise CheckpointError(f"{path} is the checkpoint of step {manifest['step']} under another name")
-            found = open_folder(path, manifest, late=self.world.size > 1)
+            try:
+                manifest = verify_folder(path, share=self.world, late=late)
+                if manifest["step"] != step:
+                    raise CheckpointError(f"{path} is the checkpoint of step {manifest['step']} under another name")
+                found = open_folder(path, manifest, late=self.world.size > 1)
+            except OSError as error:
+                raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
             return str(manifest["digest"])
 
         def compare(digests: list[str]) -> None:

@@ -1,16 +1,21 @@
 """A file system that fails or forgets on purpose, and small checkpoints to store on it."""
 
 import contextlib
+import copy
+import json
 import os
 import random
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from smalti.checkpoints import LocalFileSystem
+from smalti.checkpoints import LocalFileSystem, Piece
 from smalti.storage import process
+from smalti.world import World
 
 
 class Crash(BaseException):
@@ -43,6 +48,13 @@ class FaultyFileSystem:
         self.fault = lambda call, name: None
         self.free = 10**9
         self.disk = _Folder()
+        self.lock = threading.RLock()
+
+    def view(self):
+        """The same disk for another process, with calls and faults of its own."""
+        other = copy.copy(self)
+        other.calls, other.names, other.fault = 0, [], lambda call, name: None
+        return other
 
     def step(self, name):
         self.calls += 1
@@ -58,14 +70,16 @@ class FaultyFileSystem:
     def make_folder(self, path):
         self.step("make_folder")
         path.mkdir()
-        parent = self.folder(path.parent)
-        parent.change(parent.names | {path.name: _Folder()})
+        with self.lock:
+            parent = self.folder(path.parent)
+            parent.change(parent.names | {path.name: _Folder()})
 
     def create(self, path):
         self.step("create")
         assert not path.exists()
-        node, parent = _File(), self.folder(path.parent)
-        parent.change(parent.names | {path.name: node})
+        with self.lock:
+            node, parent = _File(), self.folder(path.parent)
+            parent.change(parent.names | {path.name: node})
         return _FaultyWriter(self, path, node)
 
     def rename(self, source, target):
@@ -145,6 +159,73 @@ class _FaultyWriter:
         self.fs.step("close")
 
 
+class Hub:
+    """Where the threads of one test meet, each of which plays a process."""
+
+    def __init__(self, size):
+        self.barrier, self.slots = threading.Barrier(size, timeout=30), [b""] * size
+
+    def exchange(self, rank, data):
+        self.slots[rank] = data
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        return found
+
+
+@dataclass(frozen=True)
+class ThreadWorld(World):
+    """A world of threads: hundreds of crashes cost seconds. What is said over gloo, test_sharded_processes.py shows."""
+
+    hub: Hub | None = None
+
+    def _exchange(self, data, group, *, everywhere):
+        with self._together():
+            parts = self.hub.exchange(self.rank, data)
+        return parts if everywhere or self.rank == 0 else None
+
+    def broadcast_object(self, value, group=None):
+        with self._together():
+            return json.loads(self.hub.exchange(self.rank, json.dumps(value).encode() if self.rank == 0 else b"")[0])
+
+
+def in_ranks(size, function):
+    """Call `function(world)` as so many processes would; what each returned or raised, in order of rank."""
+    if size == 1:
+        return [_outcome(function, World(), None)]
+    hub, results = Hub(size), [None] * size
+
+    def run(rank):
+        results[rank] = _outcome(function, ThreadWorld(rank, size, None, hub), hub)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def _outcome(function, world, hub):
+    try:
+        return function(world)
+    except Exception as error:  # noqa: BLE001  (the tests look at it)
+        return error
+    except BaseException as error:  # noqa: BLE001  (the process is gone: who waits for it learns that)
+        if hub is not None:
+            hub.barrier.abort()
+        return error
+
+
+def parts(world, value, rows=7):
+    """What a process of `world` gives of three groups in which every element is `value`: rows, and whole tensors."""
+    mine = world.share(rows, 1)
+    cut = lambda *shape: Piece(torch.full((len(mine), *shape), float(value)), (rows, *shape), mine.start)  # noqa: E731
+    group = lambda: {"a.weight": cut(5), "a.bias": cut()}  # noqa: E731
+    whole = {"count": torch.tensor(int(value))} if world.rank == 0 else {"count": torch.tensor(-1)}
+    return {"model": group(), "ema": group(), "optimizer": group() | whole}
+
+
 class QuickFileSystem:
     """The real one without its syncs, which cost most of the time where no power cut is meant."""
 
@@ -216,6 +297,8 @@ def faults(monkeypatch):
         crash_at=crash_at,
         fail_at=fail_at,
         payload=payload,
+        parts=parts,
+        in_ranks=in_ranks,
         value_of=value_of,
         dying_process=lambda **kw: dying_process(monkeypatch, **kw),
     )
