@@ -1,7 +1,8 @@
-"""Run by test_stopping.py in a process of its own, because it forks: kill and stop one small run at random moments.
+"""Run by test_stopping.py in a process of its own, because it forks: kill and stop small runs at random moments.
 
-Prints one JSON object. The parent imports torch once and forks per attempt; every child runs the real command in
-process and reports each finished step through a pipe. Only the last kills go through a new Python each.
+Arguments: a folder, how many runs are killed, stops, kills of the real command. Prints one JSON object. The parent
+imports torch once and forks per attempt; every child runs the real command in process and reports each finished step
+through a pipe. Only the last kills go through a new Python each.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,6 +28,7 @@ from smalti.cli import main
 from smalti.training.log import read_log
 
 INTERRUPTED, STOPPED = 130, 75
+KILLS, STEPS = 10, 60  # of each run that is killed
 
 
 class Child:
@@ -47,8 +50,8 @@ class Child:
     def _train(self, arguments, log, writer, prepare):
         real = workflow.train_steps
 
-        def told(*args):
-            for report in real(*args):
+        def told(*args, **kwargs):
+            for report in real(*args, **kwargs):
                 os.write(writer, struct.pack("q", report.step))
                 yield report
 
@@ -79,13 +82,21 @@ class Child:
 
 
 def state_of(out):
-    """Digest of every byte that a finished run consists of: weights, average, optimizer, counters, model."""
+    """Digest of every bit that a finished run consists of: weights, average, optimizer, counters, model."""
     newest = CheckpointStore(out / "checkpoints").load_newest(on_skip=print)
-    parts = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
-    digests = {name: hashlib.sha256((newest.path / name).read_bytes()).hexdigest() for name in parts}
-    digests["step"] = newest.step
-    digests["finished"] = hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
-    return digests
+    digests = {
+        f"{group}.{name}": hashlib.sha256(
+            f"{tensor.dtype} {tuple(tensor.shape)}".encode() + bytes_of(tensor)
+        ).hexdigest()
+        for group, members in newest.tensors.items()
+        for name, tensor in members.items()
+    }
+    finished = hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return {"tensors": digests, "step": newest.step, "counters": newest.state, "finished": finished}
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def log_of(out):
@@ -106,7 +117,9 @@ def log_is_in_order(out):
 
 
 def same(out, whole):
-    return {"state": state_of(out) == state_of(whole), "log": log_of(out) == log_of(whole)}
+    here, there = state_of(out), state_of(whole)
+    assert len(here["tensors"]) > 50
+    return {"state": here == there, "log": log_of(out) == log_of(whole)}
 
 
 def newest_step(out):
@@ -114,41 +127,55 @@ def newest_step(out):
     return stored.step if stored is not None else 0
 
 
-def kill_often(root, data, kills, rng, pace):
-    out, log = root / "killed", root / "killed.txt"
-    arguments = flags(out, data, "--steps", str(STEPS))
-    result = {"kills": 0, "attempts": 0, "log in order": 0, "before the first step": 0, "went back": 0}
-    while result["kills"] < kills:
-        child = Child(arguments, log)
-        if rng.random() < 0.2:
-            time.sleep(rng.uniform(0, pace["start"]))
-        else:
-            child.wait_for_steps(rng.randint(1, 5))
-            time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
-        stored = newest_step(out)
-        code = child.end(signal.SIGKILL)
-        result["attempts"] += 1
-        result["kills"] += code == -signal.SIGKILL
-        result["before the first step"] += not child.steps
-        result["log in order"] += log_is_in_order(out)
-        result["went back"] += newest_step(out) < stored
-        if code == 0:
-            break  # too slow to kill: the test sees it by the number of kills
-    result["code"] = Child(arguments, log).end()
-    return result | same(out, root / "whole") | {"log in order at the end": log_is_in_order(out)}
+def kill_often(root, data, runs, rng, pace):
+    """Each run is killed `KILLS` times before it may end."""
+    log = root / "killed.txt"
+    result = dict.fromkeys(
+        ["kills", "attempts", "log in order", "before the first step", "went back", "ends", "same state", "same log"], 0
+    )
+    for run in range(runs):
+        out = root / f"killed-{run}"
+        arguments = flags(out, data, "--steps", str(STEPS))
+        for _ in range(KILLS):
+            child = Child(arguments, log)
+            if rng.random() < 0.2:
+                time.sleep(rng.uniform(0, pace["start"]))
+            else:
+                child.wait_for_steps(rng.randint(1, 5))
+                time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
+            stored = newest_step(out)
+            code = child.end(signal.SIGKILL)
+            result["attempts"] += 1
+            result["kills"] += code == -signal.SIGKILL
+            result["before the first step"] += not child.steps
+            result["log in order"] += log_is_in_order(out)
+            result["went back"] += newest_step(out) < stored
+        result["ends"] += Child(arguments, log).end() == 0
+        seen = same(out, root / "whole")
+        result["same state"] += seen["state"]
+        result["same log"] += seen["log"]
+        shutil.rmtree(out)
+    return result | {"passed over": log.read_text().count("passed over")}
 
 
 def stop_often(root, data, stops, rng, pace):
-    """SIGTERM, SIGINT and SIGUSR1 in turn; each time the very next step is the first of the next attempt."""
+    """SIGTERM, SIGINT and SIGUSR1 in turn; each time the very next step is the first of the next attempt.
+
+    Every second one comes while a checkpoint is being written, which takes long because the disk does.
+    """
     out, log = root / "stopped", root / "stopped.txt"
-    arguments = flags(out, data, "--steps", str(STEPS))
-    result = {"stops": 0, "exit 75": 0, "saved at the last step": 0, "lost": 0, "repeated": 0}
+    steps = 8 * stops
+    arguments = flags(out, data, "--steps", str(steps))
+    result = dict.fromkeys(["stops", "exit 75", "saved at the last step", "lost", "repeated", "during a save"], 0)
     before = 0
     for k in range(stops):
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[k % 3]
-        child = Child(arguments, log)
-        child.wait_for_steps(rng.randint(1, 5))
-        time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
+        child = Child(arguments, log, slow_disk if k % 2 else lambda: None)
+        child.wait_for_steps(rng.randint(1, 4))
+        if k % 2:
+            result["during a save"] += wait_for_a_save(out)
+        else:
+            time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
         code = child.end(number)
         result["stops"] += 1
         result["exit 75"] += code == STOPPED
@@ -160,7 +187,28 @@ def stop_often(root, data, stops, rng, pace):
     result["code"] = last.end()
     result["lost"] += last.steps[0] > before + 1
     result["named"] = log.read_text().count("the same command continues")
-    return result | same(out, root / "whole")
+    return result | same(out, run_whole(root / "unstopped", data, steps))
+
+
+def slow_disk():
+    real = os.fsync
+
+    def fsync(descriptor):
+        time.sleep(0.005)
+        real(descriptor)
+
+    os.fsync = fsync
+
+
+def wait_for_a_save(out):
+    """Until a checkpoint is half written; False if none was within some seconds."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if any(name.startswith(".tmp-0") for name in os.listdir(out / "checkpoints")):
+                return True
+        time.sleep(0.0005)
+    return False
 
 
 def interrupt_twice(root, data):
@@ -212,31 +260,33 @@ def kill_the_command(root, data, kills):
     return {"codes": codes, "code": done.returncode, "said": done.stderr + done.stdout} | same(out, root / "whole")
 
 
-def run_whole(root, data):
-    """The run that nothing stops, and how long its parts take."""
+def run_whole(out, data, steps, pace=None):
+    """A run that nothing stops; how long its parts take, if asked."""
     begin = time.monotonic()
-    child = Child(flags(root / "whole", data, "--steps", str(STEPS)), root / "whole.txt")
+    child = Child(flags(out, data, "--steps", str(steps)), out.with_suffix(".txt"))
     child.wait_for_steps(1)
     start = time.monotonic() - begin
-    child.wait_for_steps(STEPS // 2)
-    one = (time.monotonic() - begin - start) / (STEPS // 2)
-    code = child.end()
-    return {"code": code, "start": start, "step": one, "save": 2 * one}
+    child.wait_for_steps(steps // 2)
+    one = (time.monotonic() - begin - start) / (steps // 2)
+    assert child.end() == 0
+    if pace is not None:
+        pace.update(start=start, step=one, save=2 * one)
+    return out
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for module in ("smalti.cli.train", "torch._dynamo"):  # what a run would import later, once for all children
         importlib.import_module(module)
-    root, kills, stops, commands = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-    STEPS = 8 * kills
+    root, runs, stops, commands = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     data = write_set(root / "data")
-    pace, rng = run_whole(root, data), random.Random(2)
+    pace, rng = {}, random.Random(2)
+    run_whole(root / "whole", data, STEPS, pace)
     print(
         json.dumps(
             {
                 "pace": pace,
-                "kill": kill_often(root, data, kills, rng, pace),
+                "kill": kill_often(root, data, runs, rng, pace),
                 "stop": stop_often(root, data, stops, rng, pace),
                 "interrupt": interrupt_twice(root, data),
                 "command": kill_the_command(root, data, commands),
