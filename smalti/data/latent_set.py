@@ -20,14 +20,14 @@ from torch import Tensor
 from smalti.data.examples import ExampleBatch
 from smalti.data.image_set import Catalogue
 from smalti.data.latent_record import INDEX, RECORD, LatentRecord, chunk_name, names_of, read_record
-from smalti.data.order import SampleOrder
+from smalti.data.order import Order
 from smalti.errors import ConfigError, DataError
 from smalti.latents import CodecFacts
 from smalti.storage.objects import ByteStore, LocalStore, MissingObjectError, is_url, open_store
 from smalti.streams import AUGMENT, POSTERIOR, generator, key
 
 HELD_BYTES = 1 << 28  # sets up to this size are held in memory; of larger remote ones, as much of what was read last
-_WINDOW_BYTES = 1 << 20  # of one read from a store that is not this machine's
+_WINDOW_BYTES = 1 << 22  # of one read from a store that is not this machine's, and of a block of `BlockOrder`
 
 
 def is_latents(spec: str | Path) -> bool:
@@ -111,6 +111,19 @@ class LatentSet:
     def fingerprint(self) -> str:
         return self.record.fingerprint
 
+    @cached_property
+    def block_starts(self) -> np.ndarray:
+        """Stretches that are read at once from a store; see `smalti.data.order.Blocked`."""
+        identity = self.record.identity
+        return np.concatenate(
+            [np.arange(r.start, r.stop, self._block_rows) for r in map(identity.rows, range(identity.chunks))]
+        )
+
+    @property
+    def wants_blocks(self) -> bool:
+        """Whether single examples are slow to read: from another machine, and too many to be held."""
+        return not self._small and not isinstance(self.store, LocalStore)
+
     def moments(self, indices: Sequence[int], views: Sequence[int]) -> Float[Tensor, "N 2 C H W"]:
         """Mean and standard deviation of these examples, float32.
 
@@ -170,7 +183,11 @@ class LatentSet:
         identity = self.record.identity
         if self._small:
             return identity.chunk_rows
-        return 1 if isinstance(self.store, LocalStore) else max(1, _WINDOW_BYTES // identity.row_bytes)
+        return 1 if isinstance(self.store, LocalStore) else self._block_rows
+
+    @cached_property
+    def _block_rows(self) -> int:
+        return max(1, _WINDOW_BYTES // self.record.identity.row_bytes)
 
     @cached_property
     def _small(self) -> bool:
@@ -259,7 +276,7 @@ class LatentExamples:
     def can_flip(self) -> bool:
         return self.latents.record.identity.flips == "stored"
 
-    def load(self, order: SampleOrder, positions: Sequence[int], *, flip: bool, seed: int) -> ExampleBatch:
+    def load(self, order: Order, positions: Sequence[int], *, flip: bool, seed: int) -> ExampleBatch:
         """As `Examples.load`; the noise of the posterior is keyed by (seed, position), so it is new in each epoch.
 
         Raises:

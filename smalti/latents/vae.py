@@ -39,7 +39,7 @@ _PRECISIONS = (torch.float32, torch.bfloat16)
 
 
 class AutoencoderCodec:
-    """An `AutoencoderKL` behind the interface of all codecs. Frozen, in eval mode, and without random numbers.
+    """An `AutoencoderKL` behind the interface of all codecs, which takes no gradients and draws no random numbers.
 
     Args:
         network: diffusers' module.
@@ -50,8 +50,7 @@ class AutoencoderCodec:
     def __init__(self, network: nn.Module, facts: CodecFacts, *, rows: int | None = None) -> None:
         if rows is not None and rows < 1:
             raise ConfigError(f"the codec needs at least 1 image at a time, got {rows}")
-        self._network = network.eval().requires_grad_(False)
-        self._facts, self._rows = facts, rows
+        self._network, self._facts, self._rows = network, facts, rows
         parameter = next(network.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
 
@@ -128,11 +127,11 @@ def load_codec(
         return PixelCodec()
     if dtype not in _PRECISIONS:
         raise ConfigError(f"a codec computes in float32 or bfloat16, got {dtype}")
-    network_class = _network_class()
+    theirs = network_class()
     folder = _find(source)
-    config = _read_config(folder / CONFIG, network_class)
+    config = _read_config(folder / CONFIG, theirs)
     weights = _read_weights(folder / WEIGHTS)
-    network = _build(network_class, config, weights, folder)
+    network = _build(theirs, config, weights, folder)
     network.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in weights.items()}, assign=True)
     encoder = {name: t.half() for name, t in weights.items() if name.startswith(("encoder.", "quant_conv."))}
     facts = CodecFacts(
@@ -145,7 +144,7 @@ def load_codec(
         sha256=tensors_digest(weights),
         encoder_sha256=tensors_digest(encoder),
     )
-    return AutoencoderCodec(network, facts, rows=rows)
+    return AutoencoderCodec(network.eval().requires_grad_(False), facts, rows=rows)
 
 
 def codec_of(
@@ -211,7 +210,12 @@ def _difference(wanted: CodecFacts, found: CodecFacts, other_decoder: bool) -> s
     return ""
 
 
-def _network_class() -> Any:
+def network_class() -> Any:
+    """diffusers' `AutoencoderKL`.
+
+    Raises:
+        ConfigError: diffusers is not installed, or not usable.
+    """
     # TorchVision, which diffusers asks for, may be there and broken; then the import fails with something of its own.
     try:
         from diffusers import AutoencoderKL
@@ -305,7 +309,7 @@ def _class_of(path: Path) -> str | None:
     return None
 
 
-def _read_config(path: Path, network_class: Any) -> dict[str, Any]:
+def _read_config(path: Path, theirs: Any) -> dict[str, Any]:
     """The settings of the network, none of them unknown to the class."""
     try:
         config = json.loads(path.read_bytes())
@@ -314,7 +318,7 @@ def _read_config(path: Path, network_class: Any) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("_class_name") != CLASS:
         found = config.get("_class_name", config.get("format")) if isinstance(config, dict) else None
         raise CheckpointError(f"{path} describes {found or 'something'!r}, expected diffusers' {CLASS}")
-    known = list(inspect.signature(network_class.__init__).parameters)[1:]
+    known = list(inspect.signature(theirs.__init__).parameters)[1:]
     settings = {name: value for name, value in config.items() if not name.startswith("_")}
     for name in settings:
         if name not in known:
@@ -341,11 +345,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _build(network_class: Any, config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> Any:
+def _build(theirs: Any, config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> Any:
     """The network without memory, checked to be the one of these weights."""
     try:
         with torch.device("meta"):
-            network = network_class(**config)
+            network = theirs(**config)
     except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder / CONFIG} describes no network that diffusers can build: {' '.join(str(error).split())[:200]}"
