@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from smalti.errors import StorageError
+from smalti.storage.filesystem import LocalFileSystem
+from smalti.storage.replacing import replace_file
 
 
 class RunLog:
     """`log.jsonl` in the run folder, one line per event, steps strictly rising per kind of event.
+
+    Only `settings` may stand twice at a step, where a run was started again twice before it came further. A line goes
+    to the system at once and not to the disk: a kill tears at most the last one, and no step waits for the disk.
 
     Args:
         step: the step that the run continues from, -1 for a fresh start; lines of later steps, and a line torn by a
@@ -20,10 +25,9 @@ class RunLog:
         self.path = folder / "log.jsonl"
         kept = [line for line in read_log(folder) if line["step"] <= step]
         try:
-            repaired = self.path.with_suffix(".tmp")
-            repaired.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            repaired.replace(self.path)
-            self._file = self.path.open("a", buffering=1)
+            data = "".join(json.dumps(line) + "\n" for line in kept).encode()
+            replace_file(LocalFileSystem(), self.path, [data])  # else a power cut might leave no line at all
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         self._board = None
@@ -60,16 +64,18 @@ def _cannot_write(path: Path, error: OSError) -> StorageError:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's log; a last line torn by a kill is left out."""
+    """All whole lines of a run's log; one torn by a kill, or spoiled by a disk, is left out."""
     path = folder / "log.jsonl"
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for data in path.read_bytes().split(b"\n"):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(data)
+        except ValueError:  # not JSON, or not even text
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
