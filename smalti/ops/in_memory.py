@@ -1,12 +1,38 @@
 """For twins that hand addresses to C: which tensors have one, and gradients of gradients, which C does not give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 # Element types as the C sources number them.
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+_pretending = False
+
+
+@contextmanager
+def pretend() -> Iterator[None]:
+    """Twins in C also take tensors without numbers (`FakeTensorMode`) while the `with` lasts, and compute nothing then.
+
+    For those who follow memory: the same tensors come and go as in a real run on this machine.
+    """
+    global _pretending
+    before, _pretending = _pretending, True
+    try:
+        yield
+    finally:
+        _pretending = before
+
+
+def pretends(*tensors: object) -> bool:
+    """Whether these tensors are to be taken by twins in C and hold nothing that C could read."""
+    return _pretending and any(isinstance(x, Tensor) and not _in_memory(x) for x in tensors)
+
+
+def _in_memory(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 def refuses_memory(*tensors: Tensor) -> str:
@@ -18,7 +44,7 @@ def refuses_memory(*tensors: Tensor) -> str:
             return f"it is for CPUs, got {x.device.type}"
         if x.dtype not in KINDS:
             return f"it takes {', '.join(str(dtype) for dtype in KINDS)}, got {x.dtype}"
-        if type(x) not in (Tensor, torch.nn.Parameter):
+        if not _pretending and not _in_memory(x):
             return f"it reads memory, which a {type(x).__name__} may not have"
     if torch._C._are_functorch_transforms_active():
         return "torch.func needs a form that it can transform"

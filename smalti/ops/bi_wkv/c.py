@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smalti.ops.in_memory import pretends
 from smalti.ops.native import load_native
 
 # As in the enum of bi_wkv.c.
@@ -22,7 +23,9 @@ def bi_wkv_c(
 ) -> Float[Tensor, "B N C"]:
     """As `bi_wkv_reference`, in two passes over the tokens; sums in float32, or float64 where the range asks for it."""
     inputs = (decay, bonus, key, value)
-    plain = not torch.compiler.is_compiling() and all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs)
+    plain = not torch.compiler.is_compiling() and (
+        pretends(*inputs) or all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs)
+    )
     if plain and decay.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
         # The same without the way through PyTorch's dispatcher, which takes longer than a few hundred tokens.
         return _BiWKV.apply(*inputs)
@@ -132,6 +135,8 @@ def _tokens(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[T
 def _run(function: str, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> None:
     # Named here, because the addresses below do not keep these copies alive.
     parameters = [x.detach().double().contiguous() for x in (decay, bonus)]
+    if pretends(key):
+        return
     addresses = [x.data_ptr() for x in (*parameters, key, value, *others)]
     if getattr(_library(), function)(KINDS[key.dtype], *key.shape, *addresses, torch.get_num_threads()):
         raise MemoryError("Bi-WKV found no memory for its states: use a smaller batch or fewer tokens")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.ops.in_memory import KINDS, plain_gradients, refuses_memory
+from smalti.ops.in_memory import KINDS, plain_gradients, pretends, refuses_memory
 from smalti.ops.native import load_native
 from smalti.ops.s4d.fft import two_way_conv_fft
 from smalti.ops.s4d.reference import Discretization
@@ -144,17 +144,20 @@ def _length(tokens: int, channels: int) -> int:
 
 
 @cache
-def _plan(tokens: int) -> tuple[int, int, Tensor]:
+def _plan(tokens: int) -> tuple[int, int, Any]:
     """For so many tokens: M, c and the constants of conv.c."""
     size, leaf = min((leaf << max(1, math.ceil(math.log2(tokens / leaf))), leaf) for leaf in (1, 3, 5, 7))
     angles = [0.0, math.pi]
     while len(angles) <= max(4, size // leaf):
         angles += [angles[len(angles) // 2] / 2 + i * math.pi for i in (0, 1)]
     turns = [cmath.exp(0.5j * angle) for angle in angles]
-    return size, leaf, torch.tensor([part for turn in turns for part in (turn.real, turn.imag)], dtype=torch.float32)
+    # No tensor: it is kept, and whoever asks first may be tracing tensors without numbers.
+    return size, leaf, (ctypes.c_float * (2 * len(turns)))(*(p for turn in turns for p in (turn.real, turn.imag)))
 
 
-def _run(function: str, *arguments: "Tensor | int") -> None:
+def _run(function: str, *arguments: Any) -> None:
+    if pretends(*arguments):
+        return
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     if _function(function)(*values, torch.get_num_threads()):
         raise MemoryError("a long convolution found no memory for its sums: use fewer tokens or threads")
