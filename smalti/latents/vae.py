@@ -94,7 +94,7 @@ class AutoencoderCodec:
         found = []
         for start in range(0, len(inputs), rows):
             part = inputs[start : start + rows].to(self._device, self._dtype)
-            filled = torch.cat([part, part[-1:].expand(rows - len(part), *part.shape[1:])])
+            filled = torch.cat([part, part[-1:].expand(rows - len(part), *part.shape[1:])]).contiguous()
             found.append(apply(filled)[: len(part)].float())
         return torch.cat(found)
 
