@@ -59,6 +59,19 @@ class World:
         torch.distributed.broadcast(said, 0)
         return bool(said)
 
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Each number added up over all processes, in float64; the same bits on all of them.
+
+        Raises:
+            SmaltiError: another process ended before its numbers came.
+        """
+        if self.size == 1:
+            return values
+        with self._together():
+            total = torch.tensor(values, dtype=torch.float64)
+            torch.distributed.all_reduce(total)
+        return tuple(total.tolist())
+
     def gather(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """All processes' rows, in order of rank, on the first process; None on the others.
 

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from smalti.training.distributed import local_part
+
 # The average looks back over this share of the run. Chosen by `python -m benchmarks ema`; see docs/guide/train.md.
 HORIZON = 0.04
 
@@ -21,6 +23,8 @@ def default_decay(steps: int) -> float:
 class EMA:
     """A copy of the network whose trainable weights trail those of the original; everything else is copied.
 
+    Of a network in parts, each process averages its own; the copy is made before, and cut up in the same way.
+
     Args:
         decay: share of the old average that stays at each update. Early updates use the smaller `(1 + n) / (10 + n)`,
             so that the initial weights leave no trace: less than 1e-9 after 100 updates.
@@ -35,8 +39,8 @@ class EMA:
         """Take one step towards `model`; `update` counts from 0."""
         decay = min(self.decay, (1 + update) / (10 + update))
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
-        trained = [(own, other) for own, other in pairs if other.requires_grad]
+        trained = [(local_part(own), local_part(other)) for own, other in pairs if other.requires_grad]
         torch._foreach_lerp_([own for own, _ in trained], [other for _, other in trained], 1 - decay)
         fixed = [(own, other) for own, other in pairs if not other.requires_grad]
         for own, other in [*fixed, *zip(self.model.buffers(), model.buffers(), strict=True)]:
-            own.copy_(other)
+            local_part(own).copy_(local_part(other))

@@ -199,7 +199,7 @@ def _run(
             if _due(step, config.sample_every, last):
                 save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
             if _due(step, config.checkpoint_every, last) or last or stop.received:
-                store.save(step, state.tensors(), state.counters())
+                store.save(step, state.groups(), state.counters())
             if stop.received and not last:
                 raise PreemptedError(
                     f"stopped by {stop.received.name} and saved at step {step}; the same command continues {config.out}"

@@ -48,7 +48,7 @@ def new_state(make_dit, device, config):
 
 
 def all_tensors(state):
-    return {f"{group}.{name}": t.cpu() for group, tensors in state.tensors().items() for name, t in tensors.items()}
+    return {f"{group}.{name}": t.cpu() for group, tensors in state.groups().items() for name, t in tensors.items()}
 
 
 def differing(state, other):
@@ -119,7 +119,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     first = new_state(make_dit, device, config)
     for report in train_steps(first, batches, config):
         if report.step == 3:
-            store.save(first.step, first.tensors(), first.counters())
+            store.save(first.step, first.groups(), first.counters())
             break
     skipped: list[str] = []
     stored = store.load_newest(skipped.append)

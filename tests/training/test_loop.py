@@ -196,7 +196,7 @@ def spoil(monkeypatch, steps, value):
 
 
 def snapshot(state):
-    return {f"{g}.{n}": t.clone() for g, group in state.tensors().items() for n, t in group.items()}
+    return {f"{g}.{n}": t.clone() for g, group in state.groups().items() for n, t in group.items()}
 
 
 def unchanged(before, after):
@@ -255,7 +255,7 @@ def test_after_a_skipped_step_training_is_as_if_only_that_batch_had_not_been(set
     other = new_state()
     next(train_steps(other, batches, replace(config, steps=1)))
     other.step = 2
-    other.skipped = (1,)
+    other.guard.restore({"skipped": [1]})
     next(train_steps(other, batches, replace(config, steps=3)))
     assert unchanged(snapshot(other), snapshot(state))
 
@@ -281,12 +281,14 @@ def test_skips_of_long_ago_do_not_count(setting, monkeypatch):
     spoil(monkeypatch, {0}, math.nan)
     state = new_state()
     old = tuple(range(980, 1010))  # nine of them, and the one to come, are among the last thousand
-    state.step, state.skipped = 2000, old
+    state.step = 2000
+    state.guard.restore({"skipped": old})
     (report,) = train_steps(state, batches, replace(config, steps=2001))
     assert report.skipped
     assert state.skipped == (*old, 2000)
     spoil(monkeypatch, {0}, math.nan)
-    state.step, state.skipped = 2000, tuple(range(1001, 1011))
+    state.step = 2000
+    state.guard.restore({"skipped": range(1001, 1011)})
     with pytest.raises(NumericError, match="11 of the last 1000"):
         list(train_steps(state, batches, replace(config, steps=2001)))
 
@@ -295,13 +297,13 @@ def test_skips_of_long_ago_do_not_count(setting, monkeypatch):
 def test_a_nan_in_the_weights_is_never_stored(setting, tmp_path):
     _, _, new_state = setting
     state, store = new_state(), CheckpointStore(tmp_path / "checkpoints")
-    store.save(1, state.tensors(), state.counters())
+    store.save(1, state.groups(), state.counters())
     for group in (state.model, state.ema.model):
         parameter = next(p for p in group.parameters() if p.dim() > 1)
         with torch.no_grad():
             parameter.view(-1)[0] = math.nan
         with pytest.raises(NumericError, match="not finite"):
-            store.save(2, state.tensors(), state.counters())
+            store.save(2, state.groups(), state.counters())
         with torch.no_grad():
             parameter.view(-1)[0] = 0
     assert store.steps() == [1]

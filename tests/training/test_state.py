@@ -29,12 +29,13 @@ def trained(tmp_path, **changes):
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.ema.update(state.model, n)
-    state.step, state.skipped = 7, (2, 5)
+    state.step = 7
+    state.guard.restore({"skipped": [2, 5]})
     return state
 
 
 def flat(state):
-    return {f"{g}.{n}": t for g, group in state.tensors().items() for n, t in group.items()}
+    return {f"{g}.{n}": t for g, group in state.groups().items() for n, t in group.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def _seeded(seeded):
 def test_everything_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
     state = trained(tmp_path)
     store = CheckpointStore(tmp_path / "checkpoints")
-    store.save(state.step, state.tensors(), state.counters())
+    store.save(state.step, state.groups(), state.counters())
     other = state_of(tmp_path, seed=1)
     other.restore(store.load(7))
     assert (other.step, other.skipped) == (7, (2, 5))
@@ -62,7 +63,7 @@ def test_everything_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
 def test_a_restored_state_trains_on_exactly_as_the_one_that_was_stored(tmp_path):
     state = trained(tmp_path)
     store = CheckpointStore(tmp_path / "checkpoints")
-    store.save(state.step, state.tensors(), state.counters())
+    store.save(state.step, state.groups(), state.counters())
     other = state_of(tmp_path, seed=1)
     other.restore(store.load(7))
     x = torch.randn(2, 3, 8, 8)
@@ -75,14 +76,16 @@ def test_a_restored_state_trains_on_exactly_as_the_one_that_was_stored(tmp_path)
 
 
 def test_counters_are_json(tmp_path):
-    assert json.loads(json.dumps(trained(tmp_path).counters())) == {"step": 7, "skipped": [2, 5]}
+    state = trained(tmp_path)
+    assert json.loads(json.dumps(state.counters())) == {"step": 7, **state.guard.counters()}
+    assert state.counters()["skipped"] == [2, 5]
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 32}, {"depth": 2}, {"num_classes": 4}, {"conditioning": "adaln"}])
 def test_a_checkpoint_of_another_network_is_refused_in_one_line_and_harms_nothing_stored(tmp_path, changes):
     store = CheckpointStore(tmp_path / "checkpoints")
     state = trained(tmp_path, **changes)
-    store.save(7, state.tensors(), state.counters())
+    store.save(7, state.groups(), state.counters())
     with pytest.raises(CheckpointError, match="checkpoint of another model") as caught:
         state_of(tmp_path).restore(store.load(7))
     assert "\n" not in str(caught.value)
@@ -92,7 +95,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line_and_harms_nothin
 @pytest.mark.parametrize("missing", ["model", "ema", "optimizer", "step"])
 def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, missing):
     state = trained(tmp_path)
-    tensors, counters = state.tensors(), state.counters()
+    tensors, counters = state.groups(), state.counters()
     tensors.pop(missing, None)
     counters.pop(missing, None)
     store = CheckpointStore(tmp_path / "checkpoints")
@@ -103,7 +106,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, missing):
 
 def test_optimizer_state_of_an_unknown_parameter_is_refused(tmp_path):
     state = trained(tmp_path)
-    tensors = copy.copy(state.tensors())
+    tensors = copy.copy(state.groups())
     tensors["optimizer"] = tensors["optimizer"] | {"nowhere.weight.exp_avg": torch.zeros(3)}
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(7, tensors, state.counters())
