@@ -1,0 +1,232 @@
+"""A real file system whose power goes: ext4 on a loop device, shut down by the kernel without writing its journal.
+
+Needs root and a loop device. Where those are not to be had, the model of a disk in tests/checkpoints says the same.
+"""
+
+import errno
+import fcntl
+import gc
+import os
+import random
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from smalti.checkpoints import CheckpointStore
+from smalti.errors import StorageError
+from smalti.storage.filesystem import LocalFileSystem
+
+SHUTDOWN, WITHOUT_THE_JOURNAL = 0x8004587D, struct.pack("I", 2)
+
+pytestmark = pytest.mark.faults
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+class Disk:
+    """A file system of a few megabytes that can be mounted, cut and mounted again."""
+
+    def __init__(self, folder, *options):
+        self.image, self.root, self.options = folder / "image", folder / "mounted", options
+        self.root.mkdir()
+
+    def mount(self):
+        done = run("mount", *self.options, str(self.image), str(self.root))
+        if done.returncode:
+            pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+
+    def cut(self):
+        descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, SHUTDOWN, WITHOUT_THE_JOURNAL)
+        finally:
+            os.close(descriptor)
+
+    def unmount(self):
+        gc.collect()  # a traceback may hold a mapped file
+        done = run("umount", str(self.root))
+        if done.returncode:
+            run("umount", "--lazy", str(self.root))  # so that nothing stays behind
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def disk(tmp_path):
+    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+        pytest.skip("mounting a file system needs root and mkfs.ext4")
+    disk = Disk(tmp_path, "-o", "loop")
+    with disk.image.open("wb") as file:
+        file.truncate(32 << 20)
+    assert run("mkfs.ext4", "-q", str(disk.image)).returncode == 0
+    disk.mount()
+    yield disk
+    if os.path.ismount(disk.root):
+        disk.unmount()
+
+
+class Cut(BaseException):
+    """The machine is gone."""
+
+
+class CutFileSystem(LocalFileSystem):
+    """The power goes at the k-th operation from now on."""
+
+    def __init__(self, disk):
+        self.disk, self.left = disk, -1
+
+    def step(self):
+        self.left -= 1
+        if self.left == 0:
+            self.disk.cut()
+            raise Cut
+
+    def make_folder(self, path):
+        self.step()
+        super().make_folder(path)
+
+    def create(self, path):
+        self.step()
+        return CutWriter(self, super().create(path))
+
+    def rename(self, source, target):
+        self.step()
+        super().rename(source, target)
+
+    def sync_folder(self, path):
+        self.step()
+        super().sync_folder(path)
+
+    def remove_file(self, path):
+        self.step()
+        super().remove_file(path)
+
+    def remove_folder(self, path):
+        self.step()
+        super().remove_folder(path)
+
+
+class CutWriter:
+    def __init__(self, fs, real):
+        self.fs, self.real = fs, real
+
+    def write(self, data):
+        self.fs.step()
+        self.real.write(data)
+
+    def sync(self):
+        self.fs.step()
+        self.real.sync()
+
+    def close(self):
+        self.real.close()  # even a dead process lets go of its files
+        self.fs.step()
+
+
+def payload(value, size=4096):
+    group = {name: torch.full((size,), float(value)) for name in "ab"}
+    return {"model": group, "ema": group, "optimizer": group}
+
+
+def value_of(stored):
+    (value,) = {float(v) for group in stored.tensors.values() for t in group.values() for v in t.unique()}
+    assert stored.state == {"value": value}
+    return value
+
+
+def newest_value(folder, passed_over):
+    """0 if there is no checkpoint. What was read is let go: it may be mapped, which keeps the disk busy."""
+    found = CheckpointStore(folder).load_newest(passed_over.append)
+    return 0.0 if found is None else value_of(found)
+
+
+def test_after_a_power_cut_at_any_moment_of_a_save_every_acknowledged_checkpoint_is_there(disk, how_often):
+    cuts, rng, acknowledged, passed_over = how_often(6, 30), random.Random(0), 0.0, []
+    for cut in range(cuts):
+        fs = CutFileSystem(disk)
+        store = CheckpointStore(disk.root / "run", keep_last=2, fs=fs, sole_writer=True)
+        if cut % 3 == 0:
+            value = acknowledged + 1
+            store.save(int(value), payload(value), {"value": value})
+            acknowledged = value
+        fs.left, value = rng.randint(1, 45), acknowledged + 1
+        try:
+            while True:
+                store.save(int(value), payload(value), {"value": value})
+                acknowledged, value = value, value + 1
+        except Cut:
+            pass
+        disk.unmount()
+        disk.mount()
+        newest = newest_value(disk.root / "run", passed_over)
+        assert newest in (acknowledged, acknowledged + 1), f"cut {cut}"
+        acknowledged = newest
+    assert passed_over == []
+    assert acknowledged >= cuts // 3
+
+
+def test_a_writer_that_does_not_sync_loses_what_it_promised(disk):
+    """So the test above can fail."""
+
+    class Hasty(CutFileSystem):
+        def create(self, path):
+            writer = super().create(path)
+            writer.sync = lambda: None
+            return writer
+
+        def sync_folder(self, path):
+            assert path.is_dir()
+
+    store = CheckpointStore(disk.root / "run", fs=Hasty(disk))
+    store.save(1, payload(1), {"value": 1.0})
+    disk.cut()
+    disk.unmount()
+    disk.mount()
+    assert CheckpointStore(disk.root / "run").load_newest(lambda reason: None) is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    disk = Disk(tmp_path, "-t", "tmpfs", "-o", "size=8m")
+    disk.mount()
+    yield disk.root
+    disk.unmount()
+
+
+class Blind(LocalFileSystem):
+    """Believes that there is room, as on a disk that another program fills meanwhile."""
+
+    def free_bytes(self, path):
+        return 1 << 40
+
+
+@pytest.mark.parametrize("fs", [LocalFileSystem(), Blind()], ids=["refused early", "full in the middle"])
+def test_a_disk_that_is_really_full_costs_nothing_and_is_named_with_its_bytes(small_disk, fs):
+    store = CheckpointStore(small_disk / "run", keep_last=2, fs=fs)
+    store.save(1, payload(1, 100_000), {"value": 1.0})
+    store.save(2, payload(2, 100_000), {"value": 2.0})
+    before = {path: path.read_bytes() for path in (small_disk / "run").rglob("*") if path.is_file()}
+    with pytest.raises(StorageError, match=r"needs [\d,]+ bytes") as caught:
+        store.save(3, payload(3, 200_000), {"value": 3.0})
+    assert str(small_disk) in str(caught.value)
+    assert {path: path.read_bytes() for path in (small_disk / "run").rglob("*") if path.is_file()} == before
+    again = CheckpointStore(small_disk / "run", keep_last=1)
+    again.save(3, payload(3, 100_000), {"value": 3.0})
+    assert value_of(again.load_newest(pytest.fail)) == 3
+    assert sorted(path.name for path in (small_disk / "run").iterdir()) == ["LATEST", "step-0000000003"]
+
+
+def test_a_disk_that_is_full_before_the_first_byte_leaves_no_trace(small_disk):
+    (small_disk / "other").write_bytes(b"x" * (7 << 20))
+    with pytest.raises(StorageError, match="bytes"):
+        CheckpointStore(small_disk / "run").save(1, payload(1, 100_000), {"value": 1.0})
+    assert not list((small_disk / "run").iterdir())
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        Path(small_disk / "more").write_bytes(b"x" * (2 << 20))
