@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 _NODE = r"""
 # One start of torchrun on one machine. Its exit code says only that something ended, so each process leaves its own.
 node() {
-  local codes status=1 child="" stopped=0 said rendezvous code pid
+  local codes status=1 child="" stopped=0 said meeting code file
   codes=$(mktemp -d) || return 74
   # Only once: a second signal would make torchrun wait no longer.
   trap '[ "$stopped" = 1 ] || [ -z "$child" ] || kill -TERM "$child" 2>/dev/null; stopped=1' TERM INT USR1
   if [ "$NODES" = 1 ]; then
-    rendezvous=(--standalone --nnodes 1)
+    meeting=(--standalone --nnodes 1)
   else
-    rendezvous=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-id "$RENDEZVOUS" --rdzv-endpoint "$MASTER_ADDR:$PORT"
+    meeting=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-id "$RENDEZVOUS" --rdzv-endpoint "$MASTER_ADDR:$PORT"
       --rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
   fi
-  "${PYTHON:-python3}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$PROCESSES" --max-restarts 0 \
+  "${PYTHON:-python3}" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$PROCESSES" --max-restarts 0 \
     -m smalti.cli.launched "$codes" "${SMALTI[@]}" &
   child=$!
   [ "$stopped" = 0 ] || kill -TERM "$child" 2>/dev/null
@@ -30,8 +30,8 @@ node() {
     status=$?
   done
   # A torchrun that was killed leaves its processes behind, and they would hold the run folder.
-  for pid in $(cat "$codes"/*.pid 2>/dev/null); do
-    kill -KILL "$pid" 2>/dev/null
+  for file in "$codes"/*.pid; do
+    [ ! -f "$file" ] || kill -KILL "$(cat "$file")" 2>/dev/null
   done
   said=" $(cat "$codes"/*.code 2>/dev/null | tr '\n' ' ')"
   rm -rf "$codes"
@@ -62,10 +62,11 @@ trap 'forward TERM' TERM
 trap 'forward INT' INT
 trap 'forward USR1' USR1
 
-# For $1, in pieces that a signal ends.
+# $1 seconds, or until a signal.
 pause() {
   sleep "$1" &
   child=$!
+  [ -z "$signal" ] || kill "$child" 2>/dev/null
   wait "$child"
   kill "$child" 2>/dev/null
   child=""
