@@ -122,6 +122,8 @@ def encode(settings: EncodeSettings, *, fs: FileSystem | None = None) -> EncodeR
         raise ConfigError("--codec pixels: images need no encoding; train on them as they are")
     images = _images(settings, place)
     wanted = _record(settings, codec, images, device)
+    if not (settings.out / RECORD).exists():
+        _read_range(settings.chunks, wanted.identity)
     record = _settle(settings, wanted, fs)
     chosen = _read_range(settings.chunks, record.identity)
     store = ChunkStore(settings.out, record.identity.chunks, record.identity.digest, fs=fs)
