@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smalti.data.folder import ChangedFileError
 from smalti.data.image_set import ImageSet
-from smalti.data.order import SampleOrder
+from smalti.data.order import Order
 from smalti.streams import AUGMENT, key
 
 
@@ -32,9 +32,7 @@ class ImageBatch:
     positions: Int[Tensor, "B"]
 
 
-def load_batch(
-    image_set: ImageSet, order: SampleOrder, positions: Sequence[int], *, flip: bool, seed: int
-) -> ImageBatch:
+def load_batch(image_set: ImageSet, order: Order, positions: Sequence[int], *, flip: bool, seed: int) -> ImageBatch:
     """The samples at the given positions.
 
     Args:
@@ -60,7 +58,7 @@ def load_batch(
     )
 
 
-def _read_or_replace(image_set: ImageSet, order: SampleOrder, index: int, out: np.ndarray) -> int:
+def _read_or_replace(image_set: ImageSet, order: Order, index: int, out: np.ndarray) -> int:
     """Read an image into `out`; if its file changed, read another of the same order instead. Returns which one."""
     chosen = index
     for attempt in itertools.count():

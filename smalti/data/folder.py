@@ -7,32 +7,29 @@ whose name is its class. The pass opens and decodes every file, because most dam
 import hashlib
 import os
 import stat
-import threading
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from smalti.data.changed import ChangedFileError, Tally
 from smalti.data.decoding import Decoded, UnusableImageError, centre_crop, decode, looks_like_image
 from smalti.data.image_set import fingerprint_of, merge_twins
 from smalti.errors import DataError
 
+__all__ = ["ChangedFileError", "FolderImages", "index_folder", "load_folder"]
+
 CACHE_BYTES = 1 << 30
 _MAX_FILE_BYTES = 1 << 29
 # What promises to be an image, whether it can be decoded here or not. Other files count only if they start like one.
-_IMAGE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     """.jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .avif .heic .heif .jp2 .jxl .ico .psd .tga .eps
     .svg .ppm .pgm .exr .hdr""".split()  # noqa: SIM905 (a list literal is one per line)
 )
 _SHOWN = 5
-
-
-class ChangedFileError(DataError):
-    """A file is no longer what the index says. Another image can take its place, as long as few files are affected."""
 
 
 @dataclass(frozen=True)
@@ -183,22 +180,30 @@ def walk_files(root: Path, rejected: list[RejectedFile]) -> Iterator[str]:
 
 def class_folders(root: Path, found: Sequence[str]) -> tuple[str, ...]:
     """Sub-folders of `root`, if any of them holds a file that should be an image."""
-    claimed = [path for path in found if os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES]
+    claimed = [path for path in found if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
     if not any("/" in path for path in claimed or found):
         return ()
     names = sorted(c.name for c in os.scandir(root) if c.is_dir(follow_symlinks=False) and not c.name.startswith("."))
+    refuse_case_twins(root, names)
+    return tuple(names)
+
+
+def refuse_case_twins(where: object, names: Iterable[str]) -> None:
+    """Refuse classes that a disk which ignores case would merge: labels would shift from one machine to the next.
+
+    Raises:
+        DataError: two names differ only by case or accents.
+    """
     spelled: dict[str, str] = {}
     for name in names:
-        # A disk that ignores case would merge the two, and the labels would shift from one machine to the next.
         twin = spelled.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if twin != name:
-            raise DataError(f"{root}: class folders {twin!r} and {name!r} differ only by case or accents; rename one")
-    return tuple(names)
+            raise DataError(f"{where}: class folders {twin!r} and {name!r} differ only by case or accents; rename one")
 
 
 def should_be_image(root: Path, path: str) -> bool:
     """Whether its name or its first bytes promise an image."""
-    if os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES:
+    if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
         return True
     try:
         with open(root / path, "rb") as f:
@@ -242,15 +247,6 @@ def read_regular_file(root: Path, path: str) -> tuple[bytes, int, int]:
         raise UnusableImageError(f"cannot be read: {error.strerror}") from error
 
 
-@dataclass
-class _Tally:
-    """How many reads failed since the set was loaded; shared by all threads that read."""
-
-    reads: int = 0
-    failures: int = 0
-    lock: Any = field(default_factory=threading.Lock)
-
-
 @dataclass(frozen=True, eq=False)
 class FolderImages:
     """An `ImageSet` of files. Below `CACHE_BYTES` its pixels are held in memory and the files are not read again.
@@ -269,7 +265,7 @@ class FolderImages:
     fingerprint: str
     index: FolderIndex
     cache: tuple[np.ndarray, ...] | None
-    _tally: _Tally = field(default_factory=_Tally, repr=False)
+    _tally: Tally = field(default_factory=Tally, repr=False)
 
     def __len__(self) -> int:
         return len(self.item_names)
@@ -284,24 +280,14 @@ class FolderImages:
         if self.cache is not None:
             return self.cache[index]
         entry = self.index.entries[index]
-        with self._tally.lock:
-            self._tally.reads += 1
+        self._tally.count_read()
         try:
             data, size, mtime_ns = read_regular_file(self.index.root, entry.path)
             if (size, mtime_ns) != (entry.size, entry.mtime_ns):
                 raise UnusableImageError("changed since it was checked")
             return np.asarray(centre_crop(decode(data).image, self.image_size))
         except UnusableImageError as error:
-            with self._tally.lock:
-                self._tally.failures += 1
-                reads, failures = self._tally.reads, self._tally.failures
-            what = f"{self.index.root}: {entry.path!r}: {error}"
-            if failures > max(1, reads / 1000):
-                raise DataError(
-                    f"{what}; {failures} of {reads} reads failed, more than 0.1 %: stopped; restore the files, or "
-                    f"start a new run on the changed folder"
-                ) from error
-            raise ChangedFileError(what) from error
+            raise self._tally.failure(f"{self.index.root}: {entry.path!r}: {error}") from error
 
 
 def load_folder(
@@ -320,7 +306,7 @@ def load_folder(
     """
     pixels = _PixelCache(image_size, cache_bytes)
     index = index_folder(root, on_image=pixels.add, progress=progress)
-    _refuse_unusable(index, skip_unreadable)
+    refuse_unusable(index.root, index.unusable, len(index.entries), skip_unreadable)
     _refuse_empty(index, allow_empty)
     size = image_size or _common_size(index)
     names = tuple(e.path for e in index.entries)
@@ -362,17 +348,21 @@ class _PixelCache:
         return tuple(self._images) if self._complete else None
 
 
-def _refuse_unusable(index: FolderIndex, skip_unreadable: bool) -> None:
-    bad = index.unusable
-    if not bad or (skip_unreadable and index.entries):
+def refuse_unusable(where: object, bad: Sequence[RejectedFile], usable: int, skip_unreadable: bool) -> None:
+    """Refuse a set some of whose files cannot be used.
+
+    Raises:
+        DataError: there are such files, and they must not be left out or nothing else is there.
+    """
+    if not bad or (skip_unreadable and usable):
         return
     advice = "repair or remove them, or leave them out with skip_unreadable"
-    head = f"{index.root}: {len(bad)} of {len(bad) + len(index.entries)} files cannot be used"
+    head = f"{where}: {len(bad)} of {len(bad) + usable} files cannot be used"
     if len(bad) == 1:
         raise DataError(f"{head} ({bad[0].path!r}: {bad[0].reason}); {advice.replace('them', 'it')}")
     lines = [f"  {r.path!r}: {r.reason}" for r in bad[:_SHOWN]]
     if len(bad) > _SHOWN:
-        lines.append(f"  and {len(bad) - _SHOWN} more; `smalti data check {index.root}` lists them all")
+        lines.append(f"  and {len(bad) - _SHOWN} more; `smalti data check {where}` lists them all")
     raise DataError("\n".join([f"{head}; {advice}:", *lines]))
 
 

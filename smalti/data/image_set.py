@@ -26,11 +26,11 @@ class Catalogue(Protocol):
         """int64 (N,), positions in `class_names`; of length 0 when the set has no classes."""
 
     @property
-    def item_names(self) -> tuple[str, ...]:
+    def item_names(self) -> Sequence[str]:
         """One name per image, for people."""
 
     @property
-    def split_names(self) -> tuple[str, ...]:
+    def split_names(self) -> Sequence[str]:
         """One name per image; images that share it (skin tones, styles, twins) always stay together in a split."""
 
     @property

@@ -1,7 +1,6 @@
-"""`load_image_set`: from what a user writes (`emoji32`, a folder) to an image set."""
+"""`load_image_set`: from what a user writes (`emoji32`, a folder, tar shards) to an image set."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,16 +11,16 @@ from smalti.config import did_you_mean
 from smalti.data.decoding import centre_crop
 from smalti.data.folder import load_folder
 from smalti.data.image_set import ArrayImages, ImageSet, fingerprint_of
+from smalti.data.index_file import cache_folder
 from smalti.data.packed import load_packed
+from smalti.data.shard_place import is_shards
+from smalti.data.shards import load_shards
 from smalti.errors import ConfigError, DataError
+
+__all__ = ["BUILT_IN", "cache_folder", "load_image_set", "rows_and_columns"]
 
 BUILT_IN = ("emoji32", "emoji64")
 _SHIPPED = Path(__file__).resolve().parent / "emoji32"
-
-
-def cache_folder() -> Path:
-    """Where built sets are kept: `$XDG_CACHE_HOME/smalti`, else `~/.cache/smalti`. May not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smalti"
 
 
 def load_image_set(
@@ -37,16 +36,17 @@ def load_image_set(
     Args:
         spec: `emoji32`; `emoji64`, after `smalti data build emoji64`; or a folder: images directly in it (no classes),
             or one sub-folder per class, or a set built into a folder of your own. A folder that is called like a set
-            is meant by `./emoji32`.
+            is meant by `./emoji32`. Or tar shards: a folder of them, `shards/train-{000..099}.tar`, or a URL of either.
         image_size: side, or (rows, columns), in pixels; other images are scaled and centre-cropped. `None` keeps
             the images as they are, which must then all have one size.
         allow_empty: accept class folders without an image; their labels stay reserved.
         skip_unreadable: leave out files that cannot be used, instead of refusing the folder.
-        progress: called with (files done, files found) while a folder is checked.
+        progress: called with (files done, files found) while a folder is checked, of shards once for each.
 
     Raises:
         ConfigError: the image size is not positive.
         DataError: the set was not built, or the folder is missing, empty or holds files that cannot be used.
+        StorageError: a store cannot be reached, or an index cannot be kept.
     """
     size = rows_and_columns(image_size)
     if spec == "emoji32":
@@ -56,6 +56,8 @@ def load_image_set(
         if not built.is_dir():
             raise DataError(f"emoji64 is not built yet ({built} does not exist); run `smalti data build emoji64`")
         return _resized(load_packed(built), size)
+    if is_shards(spec):
+        return load_shards(spec, size, allow_empty=allow_empty, skip_unreadable=skip_unreadable, progress=progress)
     folder = Path(spec)
     if not folder.exists():
         hint = "" if folder.parent != Path() else did_you_mean(str(spec), BUILT_IN)

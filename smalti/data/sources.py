@@ -5,6 +5,7 @@ A source is an image set, one side of its split, a folder, or an `.npz`; it neve
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,8 @@ from smalti.data.npz import IMAGES, open_npz_images
 from smalti.data.order import split
 from smalti.data.originals import SAMPLES, cropped, is_sampled, open_originals, sample_names
 from smalti.data.sets import BUILT_IN, load_image_set, rows_and_columns
+from smalti.data.shard_place import is_shards
+from smalti.data.shards import load_shards
 from smalti.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation")
@@ -122,10 +125,10 @@ def open_images(
 
     Args:
         spec: `emoji32`, `emoji64`, a packed set, a folder of images (below it too), a folder that `smalti sample`
-            wrote, or an `.npz` in ADM's layout. Sets and folders may be followed by `#train` or `#validation`, the
-            sides of the split that training makes, and by `(seed=3,fraction=0.25)` where training was told so (or
-            `,seed=3,fraction=0.25`, for which a shell needs no quotes). An `.npz` may be followed by `#KEY`, where its
-            images are not called arr_0.
+            wrote, tar shards, or an `.npz` in ADM's layout. Sets, folders and shards may be followed by `#train` or
+            `#validation`, the sides of the split that training makes, and by `(seed=3,fraction=0.25)` where training
+            was told so (or `,seed=3,fraction=0.25`, for which a shell needs no quotes). An `.npz` may be followed by
+            `#KEY`, where its images are not called arr_0.
         image_size: side, or (rows, columns), in pixels, to scale and crop to as ADM does; None = as they are.
         convert: accept files that are not 8-bit RGB and convert them.
         progress: called with (files done, files found) while a folder is looked at.
@@ -137,7 +140,9 @@ def open_images(
     name = str(spec)
     size = rows_and_columns(image_size)
     path, _, part = (name, "", "") if "#" not in name or Path(name).exists() else name.rpartition("#")
-    if path not in BUILT_IN and Path(path).is_file():
+    if path not in BUILT_IN and is_shards(path):
+        source = _open_shards(name, path, part, size, convert, progress)
+    elif path not in BUILT_IN and Path(path).is_file():
         source = _open_file(Path(path), part)
     else:
         source = _open_set(name, path, part, size, convert, progress)
@@ -185,16 +190,52 @@ def _open_set(
             return _open_file(folder / SAMPLES, "", name=folder.resolve().name)
         images = reader = originals = open_originals(folder, size, convert=convert, progress=progress)
         notes = originals.notes
+    return _part_of(images, reader, name, wanted, notes, real=is_set)
+
+
+def _part_of(
+    images: ImageSet, reader: Reader, name: str, wanted: "_Split | None", notes: tuple[str, ...], *, real: bool
+) -> ImageSource:
+    """All images of a set, or one side of its split."""
     labels = images.class_labels if images.class_names else None
     if wanted is None:
-        return ImageSource(images.name, images.image_size, labels, notes, reader, real=is_set)
+        return ImageSource(images.name, images.image_size, labels, notes, reader, real=real)
     sides = split(images, wanted.fraction, wanted.seed, allow_empty=True)
     chosen = sides.train if wanted.side == "train" else sides.validation
     if not len(chosen):
         raise DataError(f"{name} holds no image: a fraction of {wanted.fraction} sets none aside")
     if labels is not None:
         labels = labels[chosen]
-    return ImageSource(f"{images.name}#{part}", images.image_size, labels, notes, reader, chosen, real=True)
+    return ImageSource(
+        f"{images.name}#{name.rpartition('#')[2]}", images.image_size, labels, notes, reader, chosen, real=True
+    )
+
+
+def _open_shards(
+    name: str,
+    path: str,
+    part: str,
+    size: tuple[int, int] | None,
+    convert: bool,
+    progress: Callable[[int, int], None] | None,
+) -> ImageSource:
+    wanted = _Split.parse(part, name) if part else None
+    images = load_shards(path, size, allow_empty=True, progress=progress)
+    count, odd = len(images), Counter[str]()
+    for shard in images.shards:
+        odd.update({kind: number for kind, number in shard.kinds if not kind.endswith(" RGB")})
+    if odd and not convert:
+        raise DataError(
+            f"{path}: {odd.total()} of {count} images are not plain 8-bit RGB: "
+            f"{', '.join(f'{number} {kind}' for kind, number in odd.items())}; converting them changes the number: "
+            f"convert them yourself, or allow it with --convert"
+        )
+    notes = []
+    if odd:
+        notes.append(f"{odd.total()} of {count} images were converted to 8-bit RGB, what is transparent on white")
+    if changed := sum(int((shard.image_size != images.image_size).any(axis=1).sum()) for shard in images.shards):
+        notes.append(cropped(changed, count, images.image_size))
+    return _part_of(images, _SetReader(images), name, wanted, tuple(notes), real=False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""What one checked pass over images found, stored so that it need not be done again: columns in one sealed file.
+
+A file is a line that names the format, a line with the SHA-256 of all that follows, a line of JSON, and the columns as
+bytes. Whatever is damaged, of another version or of other data counts as not there: the pass is done again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from smalti.errors import StorageError
+from smalti.storage.filesystem import LocalFileSystem, make_folders
+from smalti.storage.replacing import replace_file
+
+_MAGIC = b"smalti index 1\n"
+
+
+def cache_folder() -> Path:
+    """Where built sets and indices are kept: `$XDG_CACHE_HOME/smalti`, else `~/.cache/smalti`. May not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smalti"
+
+
+class PackedNames(Sequence[str]):
+    """Names in one piece of memory: millions of Python strings would take gigabytes, and minutes of the collector."""
+
+    def __init__(self, text: bytes, ends: np.ndarray) -> None:
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "PackedNames":
+        """Of names as `os.fsdecode` spells them."""
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
+
+    @classmethod
+    def joined(cls, parts: Sequence["PackedNames"]) -> "PackedNames":
+        """One after the other."""
+        starts = np.cumsum([0, *(len(part.text) for part in parts)])
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+        return cls(b"".join(part.text for part in parts), np.concatenate([np.zeros(0, np.int64), *ends]))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        start = int(self.ends[place - 1]) if place else 0
+        return self.text[start : int(self.ends[place])].decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self.ends.tolist():
+            yield self.text[start:end].decode("utf-8", "surrogateescape")
+            start = end
+
+
+@dataclass(frozen=True, eq=False)
+class StoredIndex:
+    """A table: facts about all of it, and columns."""
+
+    facts: Mapping[str, Any]
+    columns: Mapping[str, np.ndarray]
+    names: Mapping[str, PackedNames]
+
+
+def index_bytes(index: StoredIndex) -> bytes:
+    """The content of an index file."""
+    arrays = dict(index.columns)
+    for name, packed in index.names.items():
+        arrays[f"{name} text"] = np.frombuffer(packed.text, np.uint8)
+        arrays[f"{name} ends"] = packed.ends
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    head = {
+        "facts": index.facts,
+        "columns": {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()},
+        "names": list(index.names),
+    }
+    body = b"".join([json.dumps(head).encode("ascii"), b"\n", *(array.tobytes() for array in arrays.values())])
+    return _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def parse_index(data: bytes) -> StoredIndex | None:
+    """What `index_bytes` was given; None if a bit of it is another."""
+    head_end = len(_MAGIC) + 65
+    if not data.startswith(_MAGIC) or len(data) <= head_end:
+        return None
+    body = memoryview(data)[head_end:]
+    if hashlib.sha256(body).hexdigest().encode() + b"\n" != data[len(_MAGIC) : head_end]:
+        return None
+    # Whole, so written by `index_bytes`: what follows cannot fail.
+    line, at = data.index(b"\n", head_end), 0
+    head = json.loads(data[head_end:line])
+    rest, arrays = memoryview(data)[line + 1 :], {}
+    for name, (kind, shape) in head["columns"].items():
+        count = int(np.prod(shape, dtype=np.int64))
+        arrays[name] = np.frombuffer(rest, np.dtype(kind), count, at).reshape(shape)
+        at += arrays[name].nbytes
+    names = {
+        name: PackedNames(arrays.pop(f"{name} text").tobytes(), arrays.pop(f"{name} ends")) for name in head["names"]
+    }
+    return StoredIndex(head["facts"], arrays, names)
+
+
+def read_index(path: Path) -> StoredIndex | None:
+    """A stored index; None if there is none that is whole."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return parse_index(data)
+
+
+def write_index(path: Path, index: StoredIndex) -> None:
+    """Store an index in the place of an older one.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    fs = LocalFileSystem()
+    try:
+        make_folders(fs, path.parent)
+        replace_file(fs, path, [index_bytes(index)])
+    except OSError as error:
+        raise StorageError(f"{path}: the index cannot be stored ({error.strerror})") from error

@@ -1,0 +1,357 @@
+"""Tar shards as an image set: one checked pass over each shard, stored, and then any image by a range of its shard.
+
+Nothing is unpacked, and nothing is believed: what a range gives must have the checksum that the pass found.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import urllib.parse
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from smalti.data.changed import Tally
+from smalti.data.decoding import UnusableImageError, centre_crop, decode
+from smalti.data.folder import CACHE_BYTES, RejectedFile, refuse_case_twins, refuse_unusable
+from smalti.data.image_set import merge_twins
+from smalti.data.index_file import PackedNames, cache_folder, parse_index, read_index, write_index
+from smalti.data.shard_index import FOLDER, NAME, NUMBER, ShardIndex, index_shard, key_of, restored, stored
+from smalti.data.shard_place import find_shards
+from smalti.errors import DataError, SmaltiError
+from smalti.storage.objects import ByteStore, LocalStore, MissingObjectError
+
+BLOCK = 1024
+BESIDE = ".smalti-index"  # folder of indices that travel with their shards
+_SHOWN = 5
+_SOURCES = {NUMBER: "a number", NAME: "a name", FOLDER: "the folder in their path"}
+
+
+class ShardNames(Sequence[str]):
+    """`SHARD:PATH` of each image, made when asked for."""
+
+    def __init__(self, shards: Sequence[ShardIndex], starts: Sequence[int]) -> None:
+        self._shards, self._starts = shards, starts
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self._starts, index) - 1
+        shard = self._shards[number]
+        return f"{shard.shard}:{shard.paths[index - self._starts[number]]}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{shard.shard}:{path}" for shard in self._shards for path in shard.paths)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardImages:
+    """An `ImageSet` of tar shards. Below `CACHE_BYTES` its pixels stay in memory once they were read.
+
+    Attributes:
+        block_starts: first image of each block: at most `BLOCK` neighbours of one shard.
+        wants_blocks: whether the shards lie in a store far away.
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+    class_labels: np.ndarray
+    item_names: Sequence[str]
+    split_names: Sequence[str]
+    fingerprint: str
+    block_starts: np.ndarray
+    wants_blocks: bool
+    store: ByteStore
+    shards: tuple[ShardIndex, ...]
+    starts: tuple[int, ...]
+    kept: dict[int, np.ndarray] | None = field(default=None, repr=False)
+    _tally: Tally = field(default_factory=Tally, repr=False)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3) RGB of one image.
+
+        Raises:
+            ChangedFileError: the shard was changed or removed after the pass.
+            DataError: this happened to more than 0.1 % of all reads, and more than once.
+            StorageError: the store cannot be reached.
+        """
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        self._tally.count_read()
+        number = bisect.bisect_right(self.starts, index) - 1
+        shard, row = self.shards[number], index - self.starts[number]
+        try:
+            start = int(shard.offset[row])
+            data = self.store.read(shard.shard, start, start + int(shard.size[row]))
+            if zlib.crc32(data) != int(shard.crc[row]):
+                raise UnusableImageError("changed since it was checked")
+            pixels = np.asarray(centre_crop(decode(data).image, self.image_size))
+        except (UnusableImageError, MissingObjectError) as error:
+            raise self._tally.failure(f"{self.store.place}: {self.item_names[index]!r}: {error}") from error
+        if self.kept is not None:
+            self.kept[index] = pixels
+        return pixels
+
+
+def load_shards(
+    spec: str | Path,
+    image_size: tuple[int, int] | None,
+    *,
+    allow_empty: bool = False,
+    skip_unreadable: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardImages:
+    """Check tar shards, as far as no stored index speaks for them, and make a set of them; see `load_image_set`.
+
+    Args:
+        cache_bytes: sets of at most this many bytes of pixels stay in memory.
+        progress: called with (shards done, shards found).
+    """
+    store, names = find_shards(spec)
+    shards = index_shards(store, names, progress=progress)
+    where = store.place
+    count = sum(map(len, shards))
+    refuse_unusable(where, unusable(shards), count, skip_unreadable)
+    if not count:
+        raise DataError(f"{where}: no image in {len(shards)} tar shards; give shards of images")
+    class_names, class_labels = classes(where, shards)
+    _refuse_empty(where, class_names, class_labels, allow_empty)
+    size = image_size or _common_size(where, shards)
+    starts = tuple(int(n) for n in np.cumsum([0, *map(len, shards)]))
+    blocks = [np.arange(first, last, BLOCK) for first, last in itertools.pairwise(starts)]
+    return ShardImages(
+        name=urllib.parse.urlsplit(where).path.rstrip("/").rpartition("/")[2] or where,
+        image_size=size,
+        class_names=class_names,
+        class_labels=class_labels,
+        item_names=ShardNames(shards, starts),
+        split_names=_split_names(shards),
+        fingerprint=_fingerprint(shards, class_labels, size),
+        block_starts=np.concatenate(blocks).astype(np.int64),
+        wants_blocks=not isinstance(store, LocalStore),
+        store=store,
+        shards=shards,
+        starts=starts,
+        kept={} if count * size[0] * size[1] * 3 <= cache_bytes else None,
+    )
+
+
+def index_shards(
+    store: ByteStore,
+    names: Sequence[str],
+    *,
+    beside: bool = False,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[ShardIndex, ...]:
+    """The index of each shard: the stored one where the shard is still the same, else from a pass over it.
+
+    Each index is stored as soon as its shard is done, so that a pass which was stopped goes on where it was.
+
+    Args:
+        beside: store the indices beside the shards too, in `.smalti-index`, for whoever reads them next.
+        processes: that look at shards at the same time; None = one for each core, at most 8.
+
+    Raises:
+        DamagedTarError: a shard is cut off or damaged.
+        DataError: a shard is missing, or an example is spread over two shards.
+        StorageError: the store cannot be reached, or an index cannot be stored.
+    """
+    if beside and not isinstance(store, LocalStore):
+        raise DataError(f"{store.place}: indices can be stored beside shards of this machine only; copy them there")
+    found: dict[str, ShardIndex] = {}
+    with ThreadPoolExecutor(16, thread_name_prefix="smalti-index") as pool:
+        for name, index in zip(names, pool.map(lambda name: _known(store, name), names), strict=True):
+            if index is not None:
+                found[name] = index
+    missing = [name for name in names if name not in found]
+    for done, (name, index) in enumerate(_passes(store, missing, processes), start=1):
+        found[name] = index
+        if progress:
+            progress(len(names) - len(missing) + done, len(names))
+    shards = tuple(found[name] for name in names)
+    if beside:
+        for index in shards:
+            write_index(Path(store.place) / BESIDE / f"{index.shard}.index", stored(index))
+    _refuse_spread(store, shards)
+    return shards
+
+
+def index_path(store: ByteStore, name: str) -> Path:
+    """Where the index of a shard is kept on this machine."""
+    place = os.path.realpath(store.place) if isinstance(store, LocalStore) else store.place
+    folder, file = (hashlib.sha256(os.fsencode(text)).hexdigest()[:24] for text in (place, name))
+    return cache_folder() / "indices" / folder / f"{file}.index"
+
+
+def _known(store: ByteStore, name: str) -> ShardIndex | None:
+    kept = read_index(index_path(store, name))
+    index = restored(kept, name) if kept else None
+    if index is not None:
+        return index if index.version == store.version(name) else None
+    try:
+        beside = parse_index(store.read(f"{BESIDE}/{name}.index"))
+    except MissingObjectError:
+        return None
+    index = restored(beside, name) if beside else None
+    # Copied with its shard, whose time is another now; what is read later must still have its checksum.
+    return index if index is not None and index.bytes == store.size(name) else None
+
+
+def _passes(store: ByteStore, names: Sequence[str], processes: int | None) -> Iterator[tuple[str, ShardIndex]]:
+    workers = min(processes or min(8, os.cpu_count() or 1), len(names))
+    if workers <= 1 or sys.platform != "linux":
+        for name in names:
+            yield name, _pass(store, name)
+        return
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forks beside threads. The children take no lock that a thread here could hold.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            try:
+                yield from zip(names, pool.map(_pass, [store] * len(names), names), strict=True)
+            except BrokenProcessPool:
+                raise SmaltiError(
+                    f"{store.place}: a process that checked shards was killed; what was checked is kept: start the "
+                    f"same command again"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _pass(store: ByteStore, name: str) -> ShardIndex:
+    index = index_shard(store, name)
+    write_index(index_path(store, name), stored(index))
+    return index
+
+
+def unusable(shards: Iterable[ShardIndex]) -> list[RejectedFile]:
+    """What should have been images, or labels of some."""
+    return [RejectedFile(f"{s.shard}:{r.path}", r.reason) for s in shards for r in s.rejected if not r.other]
+
+
+def classes(where: str, shards: Sequence[ShardIndex]) -> tuple[tuple[str, ...], np.ndarray]:
+    """(names, int64 label of each image) of all shards together; both empty without classes.
+
+    Raises:
+        DataError: labels of several kinds, images without one among others, or names that differ by case.
+    """
+    source = np.concatenate([shard.source for shard in shards])
+    label = np.concatenate([shard.label for shard in shards]).astype(np.int64)
+    kinds = np.where(label < 0, -1, source)
+    present, first, counts = np.unique(kinds, return_index=True, return_counts=True)
+    if len(present) > 1:
+        starts = tuple(int(n) for n in np.cumsum([0, *map(len, shards)]))
+        rare = int(counts.argmin())
+        usual = _SOURCES.get(int(present[counts.argmax()]), "none")
+        what = "no label" if present[rare] < 0 else f"their label from {_SOURCES[int(present[rare])]}"
+        raise DataError(
+            f"{where}: {counts[rare]} of {len(kinds)} images have {what}, such as "
+            f"{ShardNames(shards, starts)[int(first[rare])]!r}, where the others have {usual}; all need the same kind"
+        )
+    if not len(present) or present[0] < 0:
+        return (), np.zeros(0, np.int64)
+    if present[0] == NUMBER:
+        return tuple(str(number) for number in range(int(label.max()) + 1)), label
+    names = sorted({name for shard in shards for name in shard.label_names})
+    refuse_case_twins(where, names)
+    place = {name: number for number, name in enumerate(names)}
+    labels = []
+    for shard in shards:
+        table = np.asarray([place[name] for name in shard.label_names], dtype=np.int64)
+        labels.append(table[shard.label] if len(shard) else np.zeros(0, np.int64))
+    return tuple(names), np.concatenate(labels)
+
+
+def _refuse_spread(store: ByteStore, shards: Sequence[ShardIndex]) -> None:
+    """A label in one shard whose image lies in another one: the shards were cut in the wrong place."""
+    orphans = {
+        key_of(r.path)[0]: (shard.shard, r.path)
+        for shard in shards
+        for r in shard.rejected
+        if r.reason == "a label without an image"
+    }
+    if not orphans:
+        return
+    for shard in shards:
+        for key in shard.keys:
+            if key in orphans and orphans[key][0] != shard.shard:
+                raise DataError(
+                    f"{store.place}: the example {key!r} is spread over two shards: its image lies in "
+                    f"{shard.shard!r}, {orphans[key][1]!r} in {orphans[key][0]!r}; make the shards again"
+                )
+
+
+def _refuse_empty(where: str, names: Sequence[str], labels: np.ndarray, allow_empty: bool) -> None:
+    counts = np.bincount(labels, minlength=len(names)).tolist() if names else []
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty and not allow_empty:
+        more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        raise DataError(
+            f"{where}: no image of class {', '.join(map(repr, empty[:_SHOWN]))}{more}; add some, or set allow_empty"
+        )
+
+
+def _common_size(where: str, shards: Sequence[ShardIndex]) -> tuple[int, int]:
+    sizes = np.unique(np.concatenate([shard.image_size for shard in shards]), axis=0)
+    if len(sizes) > 1:
+        low, high = tuple(sizes[0].tolist()), tuple(sizes[-1].tolist())
+        raise DataError(
+            f"{where}: the images have {len(sizes)} different sizes, from {low} to {high} (rows, columns); "
+            f"set image_size"
+        )
+    return int(sizes[0][0]), int(sizes[0][1])
+
+
+def _split_names(shards: Sequence[ShardIndex]) -> Sequence[str]:
+    """The key of each image; images of equal bytes share one."""
+    keys = PackedNames.joined([shard.keys for shard in shards])
+    digests = np.concatenate([shard.digest for shard in shards])
+    _, twin_of, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
+    twins = np.flatnonzero(counts[twin_of.reshape(-1)] > 1).tolist()
+    if not twins:
+        return keys
+    names = list(keys)
+    # Images without a twin still share a name with one, where a key comes in several shards.
+    affected = {names[i] for i in twins}
+    places = [i for i, name in enumerate(names) if name in affected]
+    merged = merge_twins([names[i] for i in places], [digests[i].tobytes() for i in places])
+    for i, name in zip(places, merged, strict=True):
+        names[i] = name
+    return names
+
+
+def _fingerprint(shards: Sequence[ShardIndex], labels: np.ndarray, size: tuple[int, int]) -> str:
+    digest = hashlib.sha256(json.dumps(["tar shards", sum(map(len, shards)), *size]).encode())
+    digest.update(labels.astype("<i8").tobytes())
+    for shard in shards:
+        digest.update(shard.paths.text)
+        digest.update(shard.paths.ends.astype("<i8").tobytes())
+        digest.update(shard.digest.astype("<u8").tobytes())
+    return digest.hexdigest()
