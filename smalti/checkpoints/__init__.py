@@ -3,6 +3,7 @@
 from smalti.checkpoints.keymap import KeyMap
 from smalti.checkpoints.lock import RunLock
 from smalti.checkpoints.maps import MAPS
+from smalti.checkpoints.mirror import Mirror
 from smalti.checkpoints.official import from_official, official_shapes, to_official
 from smalti.checkpoints.saver import AsyncSaver
 from smalti.checkpoints.shards import Groups, Piece, StoredCheckpoint
@@ -20,6 +21,7 @@ __all__ = [
     "Groups",
     "KeyMap",
     "LocalFileSystem",
+    "Mirror",
     "Piece",
     "RunLock",
     "StoredCheckpoint",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from smalti.checkpoints.layout import ASIDE, DELETED, LATEST, MANIFEST, STEP, UNFINISHED, name_of, verify_folder
 from smalti.checkpoints.patience import patiently
-from smalti.errors import CheckpointError
+from smalti.errors import CheckpointError, RunLockedError
 from smalti.storage.filesystem import FileSystem, remove_tree, write_file
 from smalti.storage.process import Process, is_dead
 from smalti.storage.sealed import unseal
@@ -67,10 +67,12 @@ class Shelf:
         folder: may be missing, and is then empty.
         fs: the file operations.
         sole_writer: what other machines left unfinished is of dead ones as well.
+        run_id: whose checkpoints these are; those of another id are foreign. None = nothing is.
     """
 
-    def __init__(self, folder: Path, fs: FileSystem, *, sole_writer: bool) -> None:
-        self.folder, self.fs, self.sole_writer = folder, fs, sole_writer
+    def __init__(self, folder: Path, fs: FileSystem, *, sole_writer: bool, run_id: str | None = None) -> None:
+        self.folder, self.fs, self.sole_writer, self.run_id = folder, fs, sole_writer, run_id
+        self._foreign: set[int] | None = None  # steps of other runs, when last looked
         self._facts: dict[int, tuple[tuple[int, int], Facts]] = {}  # by step, with what tells its manifest apart
 
     def names(self) -> list[str]:
@@ -107,6 +109,32 @@ class Shelf:
         except (CheckpointError, OSError):
             return Facts(None, None)
         return known[1]
+
+    def is_foreign(self, step: int) -> bool:
+        """Whether another run wrote this one."""
+        return self.run_id is not None and self.facts(step).run_id not in (None, self.run_id)
+
+    def look(self) -> set[int]:
+        """Take note of what other runs have here: it is what the run began with."""
+        self._foreign = {step for step in self.steps() if self.is_foreign(step)}
+        return self._foreign
+
+    def refuse_another_run(self, step: int) -> None:
+        """Stop before `step` is written where another run is ahead, or has written since the last look.
+
+        Raises:
+            RunLockedError: it does.
+        """
+        known = self._foreign
+        foreign = self.look()
+        bad = [other for other in sorted(foreign) if other >= step or (known is not None and other not in known)]
+        if bad:
+            self._foreign = known
+            raise RunLockedError(
+                f"{self.folder} has checkpoint {name_of(bad[-1])} of run {self.facts(bad[-1]).run_id}, and this is run "
+                f"{self.run_id} at step {step}: another run writes there too. Nothing is replaced or deleted; stop one "
+                "of the two, or choose another folder"
+            )
 
     def replaced(self) -> list[Path]:
         """Checkpoints that this process moved aside, and whose successor stands."""

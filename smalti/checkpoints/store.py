@@ -30,11 +30,12 @@ from smalti.checkpoints.layout import (
     open_folder,
     verify_folder,
 )
+from smalti.checkpoints.mirror import Mirror
 from smalti.checkpoints.patience import PatientFileSystem
 from smalti.checkpoints.shards import Groups, Index, Piece, StoredCheckpoint, index_of, merge, own_parts, row_count
 from smalti.checkpoints.shelf import Keep, Shelf
 from smalti.checkpoints.together import Together
-from smalti.errors import CheckpointError, RunLockedError, StorageError
+from smalti.errors import CheckpointError, StorageError
 from smalti.storage.filesystem import (
     FileSystem,
     LocalFileSystem,
@@ -89,6 +90,8 @@ class CheckpointStore:
             `load_newest` when the others do.
         run_id: names the run in what it writes. Checkpoints of another run are never deleted or replaced: `save`
             refuses when one of them is newer, or came while this run was writing.
+        mirror: a second place, written after each save by the first process, and asked for newer ones by
+            `load_newest`.
 
     Raises:
         ValueError: keep_last or keep_every is below 1.
@@ -105,15 +108,15 @@ class CheckpointStore:
         sole_writer: bool = False,
         world: World | None = None,
         run_id: str | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.keep = Keep(keep_last, keep_every, keep_best)
         self.world = World() if world is None else world
-        self.run_id = run_id
+        self.run_id, self.mirror = run_id, mirror
         self.fs: FileSystem = PatientFileSystem(LocalFileSystem() if fs is None else fs, shared=self.world.size > 1)
         self._turn = threading.Lock()  # a second save waits for the first
-        self._shelf = Shelf(self.folder, self.fs, sole_writer=sole_writer)
-        self._foreign: set[int] | None = None  # steps of other runs, when last looked
+        self._shelf = Shelf(self.folder, self.fs, sole_writer=sole_writer, run_id=run_id)
 
     def save(
         self,
@@ -138,7 +141,8 @@ class CheckpointStore:
 
         Raises:
             NumericError: a tensor is not finite, on any process; nothing is written or deleted.
-            StorageError: the disk is full or refuses; the checkpoints stored before are untouched.
+            StorageError: the disk is full or refuses; the checkpoints stored before are untouched. Or the mirror cannot
+                be reached; then this one is stored here.
             RunLockedError: another run writes into the folder.
             SmaltiError: another process ended meanwhile.
             ValueError, TypeError: a step, group name, dtype, set of pieces or state that cannot be stored.
@@ -195,17 +199,21 @@ class CheckpointStore:
         Raises:
             CheckpointError: the newest whole one was written by a newer smalti. Falling back to an older one would
                 soon delete it.
+            StorageError: the mirror cannot be reached, so nobody knows whether it has a newer one.
         """
         together = Together(self.world, group)
-        for step, name in together.step(lambda: None, lambda answers: self._candidates()):
-            try:
-                return self._read(together, self.folder / name, step)
-            except NewerFormatError:
-                raise
-            except CheckpointError as error:
-                if self.world.rank == 0:
-                    on_skip(f"checkpoint {name} is skipped: {error}")
-        return None
+        found = self._newest_here(together, on_skip)
+        if self.mirror is None:
+            return found
+
+        def fetch(answers: list[Any]) -> list[Any]:
+            assert self.mirror is not None
+            newest = -1 if found is None else found.step
+            path = self.mirror.fetch_newest(self.folder, newer_than=newest, on_skip=on_skip, fs=self.fs)
+            return [] if path is None else [int(path.name.removeprefix("step-")), path.name]
+
+        fetched = together.step(lambda: None, fetch)
+        return self._read(together, self.folder / fetched[1], fetched[0]) if fetched else found
 
     def load(self, step: int, *, group: "ProcessGroup | None" = None) -> StoredCheckpoint:
         """The checkpoint of one step.
@@ -255,6 +263,17 @@ class CheckpointStore:
         ):
             self._shelf.sweep()
 
+    def _newest_here(self, together: Together, on_skip: Callable[[str], None]) -> StoredCheckpoint | None:
+        for step, name in together.step(lambda: None, lambda answers: self._candidates()):
+            try:
+                return self._read(together, self.folder / name, step)
+            except NewerFormatError:
+                raise
+            except CheckpointError as error:
+                if self.world.rank == 0:
+                    on_skip(f"checkpoint {name} is skipped: {error}")
+        return None
+
     def _prepare(self, step: int, groups: Groups, state: Mapping[str, Any], score: float | None) -> _Saving:
         if not 0 <= step < 10**10:
             raise ValueError(f"step {step} is outside 0 .. 9,999,999,999")
@@ -278,7 +297,7 @@ class CheckpointStore:
         with saving.room_errors(self, needed):
             make_folders(self.fs, self.folder)
             self._shelf.sweep()
-            self._refuse_another_run(saving.step)
+            self._shelf.refuse_another_run(saving.step)
             require_space(self.fs, self.folder, needed, f"checkpoint {name_of(saving.step)}")
             temporary = self.folder / f".tmp-{saving.step:010d}-{nonce()}"
             self.fs.make_folder(temporary)
@@ -346,32 +365,20 @@ class CheckpointStore:
         with saving.tidy_errors(self, needed):
             self._shelf.discard(self._victims(saving.step))
             self._shelf.write_hint(saving.step)
+        if self.mirror is not None:
+            self.mirror.upload(self.folder / name_of(saving.step))
 
     def _victims(self, newest: int) -> list[Path]:
         """What the keep policy lets go."""
-        scores = {step: self._shelf.facts(step).score for step in self._shelf.steps() if not self._is_foreign(step)}
+        scores = {
+            step: self._shelf.facts(step).score for step in self._shelf.steps() if not self._shelf.is_foreign(step)
+        }
         gone = sorted(scores.keys() - self.keep.stay(scores, newest))
         return [self.folder / name_of(step) for step in gone] + self._shelf.replaced()
 
-    def _refuse_another_run(self, step: int) -> None:
-        foreign = {other for other in self._shelf.steps() if self._is_foreign(other)}
-        known, self._foreign = self._foreign, foreign
-        bad = [other for other in sorted(foreign) if other >= step or (known is not None and other not in known)]
-        if bad:
-            self._foreign = known
-            other_run = self._shelf.facts(bad[-1]).run_id
-            raise RunLockedError(
-                f"{self.folder} has checkpoint {name_of(bad[-1])} of run {other_run}, and this is run {self.run_id} at "
-                f"step {step}: another run writes there too. Nothing is replaced or deleted; stop one of the two, or "
-                "choose another folder"
-            )
-
-    def _is_foreign(self, step: int) -> bool:
-        return self.run_id is not None and self._shelf.facts(step).run_id not in (None, self.run_id)
-
     def _candidates(self) -> list[tuple[int, str]]:
         """Where to look for the newest, in order; and what other runs have here is known from now on."""
-        self._foreign = {step for step in self._shelf.steps() if self._is_foreign(step)}
+        self._shelf.look()
         return [(step, path.name) for step in reversed(self._shelf.all_steps()) for path in self._shelf.places(step)]
 
     def _read(self, together: Together, path: Path, step: int) -> StoredCheckpoint:

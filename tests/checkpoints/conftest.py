@@ -196,7 +196,7 @@ def in_ranks(size, function):
     hub, results = Hub(size), [None] * size
 
     def run(rank):
-        results[rank] = _outcome(function, ThreadWorld(rank, size, None, hub), hub)
+        results[rank] = _outcome(function, ThreadWorld(rank, size, hub=hub), hub)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
