@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "compare": ("smalti.cli.compare", "Compare", "numbers of several results side by side, if they were made alike"),
     "convert": ("smalti.cli.convert", "Convert", "turn released or diffusers' weights into a model folder, and back"),
     "presets": ("smalti.cli.presets", "Presets", "list the networks, with counted and published sizes and costs"),
+    "recipes": ("smalti.cli.recipes", "Recipes", "list the papers' full-scale trainings, for `train --config NAME`"),
     "cost": ("smalti.cli.cost", "Cost", "parameters, multiply-adds, memory, time; where mixers beat attention"),
     "launch": ("smalti.cli.launch", "Launch", "print a job file: torchrun, Slurm, Kubernetes, SkyPilot; it restarts"),
     "plan": ("smalti.cli.plan", "Plan", "what a training run needs before it starts: memory, disk, hours, cost"),

@@ -1,13 +1,12 @@
 """`smalti train`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from smalti.training.config import RunConfig
-from smalti.workflows.run_folder import load_config
+from smalti.workflows.recipes import load_settings
 from smalti.workflows.train import train
 
 
@@ -15,14 +14,15 @@ from smalti.workflows.train import train
 class Train:
     """Train a model, or continue the run in --out: the same command again goes on where it stopped.
 
-    Settings may come from a file, `--config run.yaml`; flags change them. Every run folder holds its own config.yaml.
+    Settings may come from a file, `--config run.yaml`, or a recipe's name (`smalti recipes` lists them); flags change
+    them. Every run folder holds its own config.yaml.
     """
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
     @classmethod
     def from_file(cls, path: str) -> "Train":
-        return cls(load_config(Path(path)))
+        return cls(load_settings(path))
 
     def run(self) -> None:
         result = train(self.config)
