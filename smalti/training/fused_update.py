@@ -8,7 +8,7 @@ from smalti.ops.adamw_ema import Operands, Rates, adamw_ema
 from smalti.ops.adamw_ema import refuses as kernel_refuses
 from smalti.training.ema import EMA
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter}
 _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
@@ -64,7 +64,7 @@ def _work(optimizer: torch.optim.AdamW, ema: EMA, model: nn.Module, number: int)
     if reason := _optimizer_refusal(optimizer):
         return reason
     work = _Work(1 - min(ema.decay, (1 + number) / (10 + number)))  # as EMA.update
-    averages = dict(zip(model.parameters(), ema.model.parameters(), strict=True))
+    averages, buffers = _pairs(model, ema.model)
     for group in optimizer.param_groups:
         if reason := _group_refusal(group):
             return reason
@@ -78,15 +78,15 @@ def _work(optimizer: torch.optim.AdamW, ema: EMA, model: nn.Module, number: int)
             average = averages.pop(weight, None)
             if average is None or not weight.requires_grad:
                 return "the optimizer has a parameter that the network does not train"
-            row = [weight, weight.grad, state["exp_avg"], state["exp_avg_sq"], average, state["step"]]
-            if not all(type(x) in _PLAIN for x in row):
-                if isinstance(parts := _local(row), str):
-                    return parts
-                work.wrappers += [x for k, x in enumerate(row) if k != 1]
-                row = parts
-            rows.append(row)
+            rows.append([weight, weight.grad, state["exp_avg"], state["exp_avg_sq"], average, state["step"]])
         if not rows:
             continue
+        if not {type(x) for row in rows for x in row} <= _PLAIN:
+            work.wrappers += [x for row in rows for k, x in enumerate(row) if k != 1]
+            for k, row in enumerate(rows):
+                if isinstance(parts := _local(row), str):
+                    return parts
+                rows[k] = parts
         operands = Operands(*(list(column) for column in zip(*rows, strict=True)))
         if reason := kernel_refuses(operands):
             return reason
@@ -100,8 +100,32 @@ def _work(optimizer: torch.optim.AdamW, ema: EMA, model: nn.Module, number: int)
         work.steps.append((operands, rates))
     for weight, average in averages.items():
         (work.without_gradient if weight.requires_grad else work.copies).append((average, weight))
-    work.copies += zip(ema.model.buffers(), model.buffers(), strict=True)
+    work.copies += buffers
     return work
+
+
+def _pairs(model: nn.Module, copied: nn.Module) -> tuple[dict[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+    """The average of each parameter, and the buffers of the copy with those of the network.
+
+    Not by `parameters()` and `buffers()`: four such walks take as long as the step of a million weights.
+    """
+    averages: dict[Tensor, Tensor] = {}
+    buffers: list[tuple[Tensor, Tensor]] = []
+    todo: list[tuple[nn.Module | None, nn.Module | None]] = [(model, copied)]
+    while todo:
+        own, other = todo.pop()
+        if own is None or other is None:
+            continue
+        for name, weight in own._parameters.items():
+            average = other._parameters[name]
+            if weight is not None and average is not None:
+                averages[weight] = average
+        for name, buffer in own._buffers.items():
+            copy = other._buffers[name]
+            if buffer is not None and copy is not None:
+                buffers.append((copy, buffer))
+        todo += zip(own._modules.values(), other._modules.values(), strict=True)
+    return averages, buffers
 
 
 def _optimizer_refusal(optimizer: torch.optim.AdamW) -> str:

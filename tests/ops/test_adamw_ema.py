@@ -177,7 +177,7 @@ def test_nothing_to_do_is_done():
         ("weights", torch.ones(8)[::2], "contiguous tensors of one shape"),
         ("averages", torch.ones(4, device="meta"), "on one device, got cpu and meta"),
         ("gradients", torch.ones(4).to_sparse(), "contiguous tensors of one shape"),
-        ("steps", torch.tensor(1.0, dtype=torch.float64), "steps in one float32 on cpu, got torch.float64"),
+        ("steps", torch.tensor(1.0, dtype=torch.float64), "steps in one float32 on cpu, got a Tensor, torch.float64"),
         ("moments", torch.ones(4).as_subclass(type("Marked", (torch.Tensor,), {})), "which a Marked may not have"),
     ],
 )

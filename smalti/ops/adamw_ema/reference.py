@@ -67,20 +67,39 @@ def adamw_ema_reference(
     return weight, moment, square, torch.lerp(average, weight, rates.average)
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def layout_refusal(operands: Operands) -> str:
     """What no twin takes; "" = memory that can be read as rows of float32 side by side."""
     device = operands.weights[0].device
-    for weight, *others, step in zip(*operands, strict=True):
-        size = weight.numel()
-        if step.dtype is not torch.float32 or step.numel() != 1 or step.device != device:
-            return f"it counts steps in one float32 on {device}, got {step.dtype} on {step.device}"
-        for x in (weight, *others):
-            if type(x) not in (Tensor, torch.nn.Parameter):
-                return f"it reads memory, which a {type(x).__name__} may not have"
-            if x.device != device:
-                return f"all tensors must be on one device, got {device} and {x.device}"
-            if x.dtype is not torch.float32:
-                return f"it takes float32, got {x.dtype}"
-            if x.layout is not torch.strided or not x.is_contiguous() or x.numel() != size:
-                return f"it takes contiguous tensors of one shape, got {[tuple(y.shape) for y in (weight, *others)]}"
-    return ""
+    # Asked in every step, so one question at a time of all tensors; which one it is comes after a no.
+    tensors = [x for column in operands for x in column]
+    sizes = [[x.numel() for x in column] for column in operands]
+    if (
+        {type(x) for x in tensors} <= _PLAIN
+        and {x.dtype for x in tensors} == {torch.float32}
+        and {x.device for x in tensors} == {device}
+        and {x.layout for x in tensors} == {torch.strided}
+        and all(map(Tensor.is_contiguous, tensors))
+        and all(column == sizes[0] for column in sizes[1:5])
+        and set(sizes[5]) == {1}
+    ):
+        return ""
+    return next(filter(None, (_complaint(row, device) for row in zip(*operands, strict=True))))
+
+
+def _complaint(row: tuple[Tensor, ...], device: torch.device) -> str:
+    *members, step = row
+    for x in members:
+        if type(x) not in _PLAIN:
+            return f"it reads memory, which a {type(x).__name__} may not have"
+        if x.device != device:
+            return f"all tensors must be on one device, got {device} and {x.device}"
+        if x.dtype is not torch.float32:
+            return f"it takes float32, got {x.dtype}"
+        if x.layout is not torch.strided or not x.is_contiguous() or x.numel() != members[0].numel():
+            return f"it takes contiguous tensors of one shape, got {[(tuple(y.shape), y.layout) for y in members]}"
+    if type(step) in _PLAIN and (step.dtype, step.device, step.numel()) == (torch.float32, device, 1):
+        return ""
+    return f"it counts steps in one float32 on {device}, got a {type(step).__name__}, {step.dtype}, on {step.device}"
