@@ -1,8 +1,8 @@
 """Run by test_stopping.py in a process of its own, because it forks: kill and stop small runs at random moments.
 
-Arguments: a folder, how many runs are killed, stops, kills of the real command. Prints one JSON object. The parent
-imports torch once and forks per attempt; every child runs the real command in process and reports each finished step
-through a pipe. Only the last kills go through a new Python each.
+Arguments: a folder, what to do (one of PARTS) and how often. Prints one JSON object. The parent imports torch once and
+forks per attempt; every child runs the real command in process and reports each finished step through a pipe. Only
+`command` kills a new Python each time.
 """
 
 import contextlib
@@ -127,9 +127,10 @@ def newest_step(out):
     return stored.step if stored is not None else 0
 
 
-def kill_often(root, data, runs, rng, pace):
+def kill_often(root, data, runs):
     """Each run is killed `KILLS` times before it may end."""
-    log = root / "killed.txt"
+    log, pace, rng = root / "killed.txt", {}, random.Random(2)
+    whole = run_whole(root / "whole", data, STEPS, pace)
     result = dict.fromkeys(
         ["kills", "attempts", "log in order", "before the first step", "went back", "ends", "same state", "same log"], 0
     )
@@ -151,20 +152,21 @@ def kill_often(root, data, runs, rng, pace):
             result["log in order"] += log_is_in_order(out)
             result["went back"] += newest_step(out) < stored
         result["ends"] += Child(arguments, log).end() == 0
-        seen = same(out, root / "whole")
+        seen = same(out, whole)
         result["same state"] += seen["state"]
         result["same log"] += seen["log"]
         shutil.rmtree(out)
     return result | {"passed over": log.read_text().count("passed over")}
 
 
-def stop_often(root, data, stops, rng, pace):
+def stop_often(root, data, stops):
     """SIGTERM, SIGINT and SIGUSR1 in turn; each time the very next step is the first of the next attempt.
 
     Every second one comes while a checkpoint is being written, which takes long because the disk does.
     """
-    out, log = root / "stopped", root / "stopped.txt"
+    out, log, pace, rng = root / "stopped", root / "stopped.txt", {}, random.Random(3)
     steps = 8 * stops
+    whole = run_whole(root / "whole", data, steps, pace)
     arguments = flags(out, data, "--steps", str(steps))
     result = dict.fromkeys(["stops", "exit 75", "saved at the last step", "lost", "repeated", "during a save"], 0)
     before = 0
@@ -187,7 +189,7 @@ def stop_often(root, data, stops, rng, pace):
     result["code"] = last.end()
     result["lost"] += last.steps[0] > before + 1
     result["named"] = log.read_text().count("the same command continues")
-    return result | same(out, run_whole(root / "unstopped", data, steps))
+    return result | same(out, whole)
 
 
 def slow_disk():
@@ -211,7 +213,7 @@ def wait_for_a_save(out):
     return False
 
 
-def interrupt_twice(root, data):
+def interrupt_twice(root, data, _):
     """The first Ctrl-C waits for the step's end, which never comes here; the second one does not wait."""
     out, log, inside = root / "interrupted", root / "interrupted.txt", root / "inside"
 
@@ -248,7 +250,7 @@ def kill_the_command(root, data, kills):
     """Through `python -m smalti train`, TensorBoard and all."""
     out = root / "command"
     arguments = [sys.executable, "-W", "ignore", "-m", "smalti", *flags(out, data, "--steps", str(STEPS))]
-    log, codes = (root / "command.txt").open("w"), []
+    log, codes, whole = (root / "command.txt").open("w"), [], run_whole(root / "whole", data, STEPS)
     for k in range(kills):
         process = subprocess.Popen(arguments, stdout=log, stderr=log)
         aim = STEPS * (k + 1) // (kills + 2)
@@ -257,7 +259,7 @@ def kill_the_command(root, data, kills):
         process.kill()
         codes.append(process.wait())
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    return {"codes": codes, "code": done.returncode, "said": done.stderr + done.stdout} | same(out, root / "whole")
+    return {"codes": codes, "code": done.returncode, "said": done.stderr + done.stdout} | same(out, whole)
 
 
 def run_whole(out, data, steps, pace=None):
@@ -274,22 +276,11 @@ def run_whole(out, data, steps, pace=None):
     return out
 
 
+PARTS = {"kill": kill_often, "stop": stop_often, "interrupt": interrupt_twice, "command": kill_the_command}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for module in ("smalti.cli.train", "torch._dynamo"):  # what a run would import later, once for all children
         importlib.import_module(module)
-    root, runs, stops, commands = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-    data = write_set(root / "data")
-    pace, rng = {}, random.Random(2)
-    run_whole(root / "whole", data, STEPS, pace)
-    print(
-        json.dumps(
-            {
-                "pace": pace,
-                "kill": kill_often(root, data, runs, rng, pace),
-                "stop": stop_often(root, data, stops, rng, pace),
-                "interrupt": interrupt_twice(root, data),
-                "command": kill_the_command(root, data, commands),
-            }
-        )
-    )
+    root, part, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    print(json.dumps(PARTS[part](root, write_set(root / "data"), count)))
