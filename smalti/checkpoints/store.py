@@ -11,16 +11,13 @@ of that is taken together (see `Together`), so a failure of one of them is known
 
 import contextlib
 import json
-import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smalti.checkpoints.layout import (
     FORMAT,
-    GROUP,
     INDEX,
     MANIFEST,
     STATE,
@@ -32,7 +29,8 @@ from smalti.checkpoints.layout import (
 )
 from smalti.checkpoints.mirror import Mirror
 from smalti.checkpoints.patience import PatientFileSystem
-from smalti.checkpoints.shards import Groups, Index, Piece, StoredCheckpoint, index_of, merge, own_parts, row_count
+from smalti.checkpoints.saving import Saving
+from smalti.checkpoints.shards import Groups, Index, StoredCheckpoint, index_of, merge
 from smalti.checkpoints.shelf import Keep, Shelf
 from smalti.checkpoints.together import Together
 from smalti.errors import CheckpointError, StorageError
@@ -46,34 +44,10 @@ from smalti.storage.filesystem import (
     write_file,
 )
 from smalti.storage.sealed import NewerFormatError, seal, smalti_version
-from smalti.storage.tensors import file_pieces, file_size, refuse_non_finite
 from smalti.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_OVERHEAD = 4096  # bytes of manifest and index beside the tensors; the index grows with their number
-_PER_TENSOR = 200
-
-
-@dataclass(frozen=True)
-class _Saving:
-    """One save, as this process sees it."""
-
-    step: int
-    parts: dict[str, dict[str, Piece]]
-    files: dict[str, str]  # of each group with rows here
-    state: bytes
-    score: float | None
-    needed: int  # bytes that this process writes
-
-    def room_errors(self, store: "CheckpointStore", needed: int) -> contextlib.AbstractContextManager[None]:
-        advice = "Checkpoints stored before are untouched; make room and run again"
-        return storage_errors(store.fs, store.folder, needed, f"storing checkpoint {name_of(self.step)}", advice)
-
-    def tidy_errors(self, store: "CheckpointStore", needed: int) -> contextlib.AbstractContextManager[None]:
-        advice = f"Checkpoint {name_of(self.step)} itself is stored; what failed is the tidying after it"
-        return storage_errors(store.fs, store.folder, needed, f"tidying up after {name_of(self.step)}", advice)
 
 
 class CheckpointStore:
@@ -149,13 +123,13 @@ class CheckpointStore:
         """
         together = Together(self.world, group)
         with self._turn:
-            saving: _Saving | None = None
+            saving: Saving | None = None
             index: Index = {}
             needed = 0
 
             def prepare() -> dict[str, Any]:
                 nonlocal saving
-                saving = self._prepare(step, groups, state, score)
+                saving = Saving.of(step, groups, state, score, self.world, self.fs, self.folder)
                 return {"step": step, "needed": saving.needed, "index": index_of(saving.parts, saving.files)}
 
             def admit(answers: list[Any]) -> str:
@@ -173,7 +147,7 @@ class CheckpointStore:
             final = self.folder / name_of(step)
             try:
                 verifies = together.step(
-                    lambda: self._write_own(now, temporary),
+                    lambda: now.write_own(temporary),
                     lambda answers: self._commit(now, temporary, index, answers, needed),
                 )
             except BaseException:
@@ -202,7 +176,12 @@ class CheckpointStore:
             StorageError: the mirror cannot be reached, so nobody knows whether it has a newer one.
         """
         together = Together(self.world, group)
-        found = self._newest_here(together, on_skip)
+
+        def skip(name: str, error: CheckpointError) -> None:
+            if self.world.rank == 0:
+                on_skip(f"checkpoint {name} is skipped: {error}")
+
+        found = self._first_whole(together, together.step(lambda: None, lambda answers: self._candidates()), skip)
         if self.mirror is None:
             return found
 
@@ -222,18 +201,13 @@ class CheckpointStore:
             CheckpointError: it does not exist or is damaged.
         """
         together = Together(self.world, group)
-        places = together.step(lambda: None, lambda answers: [path.name for path in self._shelf.places(step)])
+        places = together.step(lambda: None, lambda answers: [(step, path.name) for path in self._shelf.places(step)])
+        problems: list[str] = []
+        if found := self._first_whole(together, places, lambda name, error: problems.append(str(error))):
+            return found
         have = ", ".join(map(str, self._shelf.all_steps())) or "none"
         if not places:
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has: {have}")
-        problems = []
-        for name in places:
-            try:
-                return self._read(together, self.folder / name, step)
-            except NewerFormatError:
-                raise
-            except CheckpointError as error:
-                problems.append(str(error))
         raise CheckpointError(f"{problems[0]}; choose another step: {have}")
 
     def steps(self) -> list[int]:
@@ -263,38 +237,24 @@ class CheckpointStore:
         ):
             self._shelf.sweep()
 
-    def _newest_here(self, together: Together, on_skip: Callable[[str], None]) -> StoredCheckpoint | None:
-        for step, name in together.step(lambda: None, lambda answers: self._candidates()):
+    def _first_whole(
+        self,
+        together: Together,
+        places: list[tuple[int, str]],
+        on_skip: Callable[[str, CheckpointError], None],
+    ) -> StoredCheckpoint | None:
+        for step, name in places:
             try:
                 return self._read(together, self.folder / name, step)
             except NewerFormatError:
                 raise
             except CheckpointError as error:
-                if self.world.rank == 0:
-                    on_skip(f"checkpoint {name} is skipped: {error}")
+                on_skip(name, error)
         return None
 
-    def _prepare(self, step: int, groups: Groups, state: Mapping[str, Any], score: float | None) -> _Saving:
-        if not 0 <= step < 10**10:
-            raise ValueError(f"step {step} is outside 0 .. 9,999,999,999")
-        if bad := [group for group in groups if not GROUP.fullmatch(group)]:
-            raise ValueError(f"group name {bad[0]!r}: use small letters, digits and underscores")
-        parts = own_parts(groups, self.world.rank)
-        needed, files = 0, {}
-        for group, pieces in parts.items():
-            rows = {name: piece.rows for name, piece in pieces.items()}
-            refuse_non_finite(rows, f"checkpoint {name_of(step)}, group {group!r}")
-            if any(row_count(tensor.shape) for tensor in rows.values()):
-                suffix = f".rank-{self.world.rank:04d}" if self.world.size > 1 else ""
-                files[group] = f"{group}{suffix}.safetensors"
-            needed += file_size(rows) + _PER_TENSOR * len(rows)
-        text = (json.dumps(dict(state), indent=1) + "\n").encode() if self.world.rank == 0 else b""
-        finite = None if score is None or not math.isfinite(score) else float(score)
-        return _Saving(step, parts, files, text, finite, needed + len(text) + _OVERHEAD)
-
-    def _admit(self, saving: _Saving, needed: int) -> str:
+    def _admit(self, saving: Saving, needed: int) -> str:
         """Make the folder that all write into, once nothing is against it; its name."""
-        with saving.room_errors(self, needed):
+        with saving.room_errors(needed):
             make_folders(self.fs, self.folder)
             self._shelf.sweep()
             self._shelf.refuse_another_run(saving.step)
@@ -303,16 +263,8 @@ class CheckpointStore:
             self.fs.make_folder(temporary)
         return temporary.name
 
-    def _write_own(self, saving: _Saving, temporary: Path) -> dict[str, Any]:
-        records = {}
-        with saving.room_errors(self, saving.needed):
-            for group, name in saving.files.items():
-                rows = {tensor: piece.rows for tensor, piece in saving.parts[group].items()}
-                records[name] = write_file(self.fs, temporary / name, file_pieces(rows))._asdict()
-        return records
-
     def _commit(
-        self, saving: _Saving, temporary: Path, index: Index, answers: list[Mapping[str, Any]], needed: int
+        self, saving: Saving, temporary: Path, index: Index, answers: list[Mapping[str, Any]], needed: int
     ) -> bool:
         """Everything is written: make it the checkpoint of its step.
 
@@ -321,7 +273,7 @@ class CheckpointStore:
         """
         fs, final = self.fs, self.folder / name_of(saving.step)
         aside = self.folder / temporary.name.replace(".tmp-", ".old-", 1)
-        with saving.room_errors(self, needed):
+        with saving.room_errors(needed):
             try:
                 files = {name: record for answer in answers for name, record in answer.items()}
                 own = {INDEX: _compact(index), STATE: saving.state}
@@ -348,11 +300,11 @@ class CheckpointStore:
                     if aside.exists() and not final.exists():
                         fs.rename(aside, final)
                 raise
-        with saving.tidy_errors(self, needed):
+        with saving.tidy_errors(needed):
             return bool(self._victims(saving.step))
 
-    def _verify_new(self, saving: _Saving, final: Path, needed: int) -> None:
-        with saving.tidy_errors(self, needed):
+    def _verify_new(self, saving: Saving, final: Path, needed: int) -> None:
+        with saving.tidy_errors(needed):
             try:
                 verify_folder(final, share=self.world, late=True)
             except (CheckpointError, FileNotFoundError) as error:
@@ -361,15 +313,14 @@ class CheckpointStore:
                     "is deleted. Check the disk or choose another one"
                 ) from error
 
-    def _tidy(self, saving: _Saving, needed: int) -> None:
-        with saving.tidy_errors(self, needed):
+    def _tidy(self, saving: Saving, needed: int) -> None:
+        with saving.tidy_errors(needed):
             self._shelf.discard(self._victims(saving.step))
             self._shelf.write_hint(saving.step)
         if self.mirror is not None:
             self.mirror.upload(self.folder / name_of(saving.step))
 
     def _victims(self, newest: int) -> list[Path]:
-        """What the keep policy lets go."""
         scores = {
             step: self._shelf.facts(step).score for step in self._shelf.steps() if not self._shelf.is_foreign(step)
         }
