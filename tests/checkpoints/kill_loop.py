@@ -89,8 +89,9 @@ def hold(folder, pipe, with_child):
 
 
 def contend(folder, rounds):
-    """A held lock refuses a second process, and a killed holder frees it, also when its child lives on."""
-    result = {"rounds": rounds, "refused": 0, "named": 0, "freed": 0}
+    """A held lock refuses a second process, a killed holder frees it, also when its child lives on, and of two that
+    come at once one gets it."""
+    result = {"rounds": rounds, "refused": 0, "named": 0, "freed": 0, "one of two": 0}
     for i in range(rounds):
         reader, writer = os.pipe()
         pid = os.fork()
@@ -115,12 +116,39 @@ def contend(folder, rounds):
             os.killpg(pid, signal.SIGKILL)
         os.close(reader)
         os.close(writer)
+        result["one of two"] += sorted(race(folder)) == [0, 73]
     return result
+
+
+def race(folder):
+    """Exit codes of two processes that want the folder at the same moment."""
+    start, go = os.pipe()
+    done, tell = os.pipe()
+    pids = [fork(run_once, folder, start, done) for _ in range(2)]
+    os.close(start), os.close(done)
+    os.write(go, b"11")
+    first, code = os.wait()
+    codes = [os.waitstatus_to_exitcode(code)]  # the refused one: the other holds on until it is told
+    os.write(tell, b"1")
+    (second,) = set(pids) - {first}
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
+    os.close(go), os.close(tell)
+    return codes
+
+
+def run_once(folder, start, done):
+    os.read(start, 1)
+    try:
+        with RunLock(folder):
+            os.read(done, 1)
+    except RunLockedError as error:
+        os._exit(error.exit_code)
+    os._exit(0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    root, kills, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    (root / "store").mkdir()
-    killed = kill_writers(root / "store", kills, random.Random(1))
-    print(json.dumps({"store": killed, "lock": contend(root / "lock", rounds)}))
+    root, part, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    folder = root / part
+    folder.mkdir()
+    print(json.dumps(contend(folder, count) if part == "lock" else kill_writers(folder, count, random.Random(1))))

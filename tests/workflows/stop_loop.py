@@ -246,6 +246,42 @@ def interrupt_twice(root, data, _):
     }
 
 
+def refuse_a_second(root, data, seconds):
+    """One run stands still in the middle while others try the same folder, by the same command and by other ones."""
+    out, log, refused, go = root / "held", root / "held.txt", root / "refused.txt", root / "go"
+    whole = run_whole(root / "whole", data, STEPS)
+
+    def wait():
+        real = workflow.validate
+
+        def validate(*args, **kwargs):
+            while not go.exists():
+                time.sleep(0.01)
+            return real(*args, **kwargs)
+
+        workflow.validate = validate
+
+    first = Child(flags(out, data, "--steps", str(STEPS)), log, wait)
+    first.wait_for_steps(3)
+    while not any(name.startswith("step-") for name in os.listdir(out / "checkpoints")):
+        time.sleep(0.01)
+    time.sleep(0.5)  # for what the first writes in the background
+    before = files_of(out)
+    result = {"refused": 0, "named": 0, "wrote": 0}
+    for k in range(seconds):
+        other = ["--seed", "1"] if k % 2 else []
+        second = Child(flags(out, data, "--steps", str(STEPS), *other), refused)
+        result["refused"] += second.end() == 73 and not second.steps
+        result["wrote"] += files_of(out) != before
+    result["named"] = refused.read_text().count(f"is being written by process {first.pid} on")
+    go.write_text("")
+    return result | {"code": first.end()} | same(out, whole)
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def kill_the_command(root, data, kills):
     """Through `python -m smalti train`, TensorBoard and all."""
     out = root / "command"
@@ -276,7 +312,13 @@ def run_whole(out, data, steps, pace=None):
     return out
 
 
-PARTS = {"kill": kill_often, "stop": stop_often, "interrupt": interrupt_twice, "command": kill_the_command}
+PARTS = {
+    "kill": kill_often,
+    "stop": stop_often,
+    "interrupt": interrupt_twice,
+    "second": refuse_a_second,
+    "command": kill_the_command,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -61,6 +61,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step_and_costs_no_checkpoint(seen
     }
 
 
+def test_other_runs_in_the_same_folder_exit_73_and_change_neither_a_file_nor_a_bit_of_the_first(seen, how_often):
+    others = how_often(6, 50)
+    expected = {"refused": others, "named": others, "wrote": 0, "code": 0, "state": True, "log": True}
+    assert seen("second", others) == expected
+
+
 def test_the_real_command_killed_and_started_again_ends_with_the_same_bits(seen, how_often):
     kills = how_often(2, 10)
     found = seen("command", kills)
