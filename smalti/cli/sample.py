@@ -32,6 +32,10 @@ class Sample:
     """Folder for the images, of one set each."""
     save: tuple[Literal["png", "npz"], ...] = ("png",)
     """SEED.png for each image, or samples.npz with all of them in the layout of ADM's evaluation, or both."""
+    codec: str = ""
+    """Of models of latents: folder or hub name of their autoencoder. Left out: where it lay when they were trained."""
+    other_decoder: bool = False
+    """Accept a --codec with the same encoder and another decoder, such as ft-MSE in place of ft-EMA."""
     overwrite: bool = False
     """Where --out holds another set of samples, remove that one first."""
     chunks: str = ""

@@ -39,7 +39,8 @@ class LatentIdentity:
     Attributes:
         source: what the images were read from, as `smalti encode` was told.
         source_fingerprint: of that image set, the whole of it.
-        count: how many of its images were encoded, from the first on.
+        source_count: images in it.
+        count: how many of them were encoded, from the first on.
         flips: whether each mirrored image was encoded as well.
         chunk_rows: examples in each chunk but the last.
         batch: images in each call of the codec's network.
@@ -50,6 +51,7 @@ class LatentIdentity:
     codec: CodecFacts
     source: str
     source_fingerprint: str
+    source_count: int
     image_size: tuple[int, int]
     count: int
     flips: Flips

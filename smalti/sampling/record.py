@@ -51,6 +51,7 @@ class SampleIdentity:
     threads: int
     torch: str
     save: tuple[str, ...]
+    decoder: str = "pixels"  # the label of the codec that latents were decoded by
 
     @property
     def digest(self) -> str:

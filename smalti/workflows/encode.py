@@ -152,11 +152,13 @@ def _images(settings: EncodeSettings, place: World) -> ImageSet:
 
 def _record(settings: EncodeSettings, codec: Codec, images: ImageSet, device: torch.device) -> LatentRecord:
     rows, columns = images.image_size
+    codec.facts.latent_shape(images.image_size)  # refuses what is no multiple of its factor
     count = min(len(images), settings.limit or len(images))
     identity = LatentIdentity(
         codec=codec.facts,
         source=settings.source,
         source_fingerprint=images.fingerprint,
+        source_count=len(images),
         image_size=(rows, columns),
         count=count,
         flips=settings.flips,

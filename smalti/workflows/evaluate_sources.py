@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,8 @@ import tyro
 from torch import Tensor
 
 from smalti.data import to_uint8
+from smalti.data.latent_record import read_record as read_latent_record
+from smalti.data.latent_set import is_latents
 from smalti.data.sets import BUILT_IN
 from smalti.data.sources import ImageSource, open_images
 from smalti.errors import ConfigError, DataError, NumericError
@@ -24,10 +26,11 @@ from smalti.evaluation.results import Source as ResultSource
 from smalti.models.files import CONFIG as MODEL_CONFIG
 from smalti.sampling import SamplingConfig
 from smalti.sampling.record import RECORD, read_record
+from smalti.storage.objects import open_store
 from smalti.training.config import RunConfig
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.run_folder import CONFIG, load_config
-from smalti.workflows.sample import MOST_IMAGES, load_source, read_classes, sample
+from smalti.workflows.sample import MOST_IMAGES, load_source, read_classes, require_images, sample
 from smalti.world import World
 
 PAPER_IMAGES = 50_000
@@ -54,6 +57,10 @@ class Drawing:
     """As in `smalti sample`: bf16 is faster on GPUs and on CPUs with bf16 units; part of the protocol."""
     inference: Literal["none", "eager", "frozen"] = "none"
     """As in `smalti sample`: as trained, merged for speed, or compiled as well; part of the protocol."""
+    codec: str = ""
+    """As in `smalti sample`: the autoencoder of runs on latents; part of the protocol. Left out: where it lay."""
+    other_decoder: bool = False
+    """As in `smalti sample`: accept a --codec with the same encoder and another decoder."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How runs are drawn from. The default is the papers': 250 ancestral steps without guidance."""
 
@@ -165,9 +172,8 @@ def open_existing(spec: str, what: str, options: Mapping[str, Any]) -> ImageSour
 
 
 def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredImages:
-    source = load_source(run, device)
-    if source.config.in_channels != 3:
-        raise ConfigError(f"{run} has {source.config.in_channels} channels; only RGB images can be measured")
+    source = load_source(run, device, codec=drawing.codec, other_decoder=drawing.other_decoder)
+    require_images(source, run)
     seeds = range(drawing.first_seed, drawing.first_seed + drawing.images)
     labels = read_classes(source, (), len(seeds), seeds, otherwise=drawing.label_rule)
     facts = {"kind": source.config.kind, "weights": source.weights, "steps": source.steps}
@@ -192,7 +198,7 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
         )
         return (to_uint8(_finite(batch.images, batch.seeds)) for batch in batches)
 
-    known = {"image_size": source.config.sample_size} | _drawn(
+    known = {"image_size": source.image_size} | _drawn(
         drawing.label_rule if labels is not None else "unconditional",
         drawing.sampling,
         schedule=source.objective.schedule,
@@ -200,6 +206,7 @@ def _run_images(run: Path, drawing: Drawing, device: torch.device) -> MeasuredIm
         weights=source.weights,
         precision=drawing.precision,
         inference=drawing.inference,
+        decoder=source.decoder,
     )
     named = ResultSource(name=run.resolve().name, path=str(run), model=facts)
     return MeasuredImages(named, len(seeds), drawing.micro_batch, known, read, run / "evaluation", run)
@@ -252,6 +259,7 @@ def _recorded(folder: Path, count: int, known: dict[str, Any]) -> tuple[dict[str
         weights=model.weights,
         precision=made.precision,
         inference=made.inference,
+        decoder=made.decoder,
     )
     return known, {"kind": model.kind, "weights": model.weights, "steps": model.steps, "path": model.path}
 
@@ -265,6 +273,7 @@ def _drawn(
     weights: str,
     precision: str,
     inference: str,
+    decoder: str,
 ) -> dict[str, Any]:
     """What a protocol holds of images that a model drew, now or earlier."""
     return {
@@ -273,7 +282,7 @@ def _drawn(
         "ema": None if weights == "unknown" else weights == "ema",
         "precision": precision,
         "inference": inference,
-        "decoder": "pixels",
+        "decoder": decoder,
     }
 
 
@@ -312,8 +321,23 @@ def _trained_images(run: Path, config: RunConfig, part: str, otherwise: str) -> 
 
 
 def _trained_on(run: Path) -> RunConfig | None:
-    """The settings of the training run, if this is its folder."""
-    return load_config(run / CONFIG) if (run / CONFIG).is_file() else None
+    """The settings of the training run, if this is its folder; of latents, with the images that they were made of."""
+    if not (run / CONFIG).is_file():
+        return None
+    config = load_config(run / CONFIG)
+    data = config.data.path
+    if data in BUILT_IN or not is_latents(data):
+        return config
+    identity = read_latent_record(open_store(data)).identity
+    if identity.count < identity.source_count:
+        raise ConfigError(
+            f"{run} was trained on latents of the first {identity.count:,} of {identity.source_count:,} images of "
+            f"{identity.source}, so its split is not that of the images; give --reference REAL-IMAGES and --training "
+            "none, or --training IMAGES"
+        )
+    rows, columns = identity.image_size
+    images = replace(config.data, path=identity.source, image_size=rows if rows == columns else None)
+    return replace(config, data=images)
 
 
 def part_of(config: RunConfig, part: str) -> str:

@@ -1,7 +1,7 @@
 """`sample`: from a stored model to images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,9 @@ from smalti.config import did_you_mean, from_dict
 from smalti.diffusion.levels import build_schedule
 from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.errors import CheckpointError, ConfigError
+from smalti.latents import Codec, CodecFacts, PixelCodec, codec_of, load_codec
 from smalti.models import BackboneConfig, InferenceForm, InferenceMode, config_of, inference_form
+from smalti.models.files import Bundle
 from smalti.presets import list_models
 from smalti.sampling import SamplingConfig, sample_latents
 from smalti.training.device import autocast_dtype
@@ -39,6 +41,7 @@ class Source:
     Attributes:
         weights: "ema" = moving averages, as `smalti train` stores them; of converted weights, which part was taken.
         steps: of its training, where known.
+        codec: what turns the network's samples into images; None = unknown, and they are latents.
     """
 
     model: nn.Module
@@ -46,6 +49,7 @@ class Source:
     class_names: tuple[str, ...]
     weights: str = "unknown"
     steps: int | None = None
+    codec: Codec | None = field(default_factory=PixelCodec)
 
     @property
     def config(self) -> BackboneConfig:
@@ -55,6 +59,16 @@ class Source:
     def null_class(self) -> int | None:
         c = self.config
         return c.num_classes if c.num_classes and c.null_class else None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Rows and columns in pixels."""
+        return self.config.sample_size if self.codec is None else self.codec.facts.image_size(self.config.sample_size)
+
+    @property
+    def decoder(self) -> str:
+        """For protocols and records: `pixels`, `autoencoder-kl 3f2a91c0d4e5`."""
+        return "unknown" if self.codec is None else self.codec.facts.label
 
     def for_inference(self, mode: InferenceMode = "eager", precision: str = "fp32") -> "Source":
         """The same with `smalti.models.inference_form` of its network, to be kept for all calls of `sample`.
@@ -67,12 +81,17 @@ class Source:
         )
 
 
-def load_source(path: Path, device: torch.device) -> Source:
-    """A model folder, or a run folder with a finished model.
+def load_source(path: Path, device: torch.device, *, codec: str = "", other_decoder: bool = False) -> Source:
+    """A model folder, or a run folder with a finished model, and the codec that its latents belong to.
+
+    Args:
+        codec: where that lies now, as `load_codec` reads it; "" = where it lay when the model was trained.
+        other_decoder: take another decoder of the same latents; see `codec_of`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, or says nothing about its diffusion.
-        ConfigError: the name of a preset was given, which has no weights.
+        CheckpointError: there is none, or it is damaged, or says nothing about its diffusion; or the codec is not
+            there, or another one.
+        ConfigError: the name of a preset was given, which has no weights; or a codec for a network that makes images.
     """
     if not path.exists() and list_models(str(path)):
         raise ConfigError(f"{path} is a preset, a network without weights; train it first, or give a model folder")
@@ -82,8 +101,46 @@ def load_source(path: Path, device: torch.device) -> Source:
     objective = from_dict(ObjectiveConfig, bundle.extra["objective"], f"{path}: objective")
     names = tuple(bundle.extra.get("class_names", ()))
     trained, converted = bundle.extra.get("trained"), bundle.extra.get("converted_from")
-    weights = "ema" if trained else converted["weights"] if converted else "unknown"
-    return Source(bundle.model.to(device), objective, names, weights, trained["steps"] if trained else None)
+    return Source(
+        bundle.model.to(device),
+        objective,
+        names,
+        "ema" if trained else converted["weights"] if converted else "unknown",
+        trained["steps"] if trained else None,
+        _open_codec(path, bundle, codec, other_decoder, device),
+    )
+
+
+def require_images(source: Source, name: str | Path) -> None:
+    """Refuse a network whose samples nothing turns into images.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if source.codec is None:
+        raise ConfigError(
+            f"{name} makes latents of {source.config.in_channels} channels, not images: they need the decoder that it "
+            "was trained with; name it with --codec (for released ImageNet models: stabilityai/sd-vae-ft-ema)"
+        )
+
+
+def _open_codec(path: Path, bundle: Bundle, given: str, other_decoder: bool, device: torch.device) -> Codec | None:
+    channels = config_of(bundle.model).in_channels
+    if "codec" in bundle.extra:
+        facts = from_dict(CodecFacts, bundle.extra["codec"], f"{path}: codec")
+    elif channels == CodecFacts().channels:
+        facts = CodecFacts()
+    elif not given:
+        return None
+    else:  # converted weights do not say whose latents they make
+        found = load_codec(given, device=device)
+        if found.facts.channels != channels:
+            raise ConfigError(
+                f"--codec {given} has latents of {found.facts.channels} channels, {path} makes {channels}; give the "
+                "one that it was trained with"
+            )
+        return found
+    return codec_of(facts, given or None, other_decoder=other_decoder, device=device)
 
 
 def read_classes(
@@ -140,7 +197,10 @@ def sample(
     precision: str = "fp32",
     on_step: Callable[[int, int, Any], None] | None = None,
 ) -> Iterator[ImageBatch]:
-    """Images of the given seeds, in order; image i depends on its seed, its class and the settings alone."""
+    """Images of the given seeds, in order; image i depends on its seed, its class and the settings alone.
+
+    Of a source without codec, what comes are its latents.
+    """
     c = source.config
     batches = sample_latents(
         source.model,
@@ -157,7 +217,8 @@ def sample(
         autocast=None if isinstance(source.model, InferenceForm) else autocast_dtype(precision),
         on_step=on_step,
     )
-    return (ImageBatch(b.latents.cpu(), b.class_labels, b.seeds) for b in batches)
+    codec = source.codec or PixelCodec()
+    return (ImageBatch(codec.decode(b.latents).cpu(), b.class_labels, b.seeds) for b in batches)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -19,7 +19,7 @@ from smalti.storage import filesystem
 from smalti.storage.sealed import smalti_version
 from smalti.training.device import resolve_device
 from smalti.workflows.out_folder import check_folder
-from smalti.workflows.sample import Source, load_source, parse_seeds, read_classes, sample
+from smalti.workflows.sample import Source, load_source, parse_seeds, read_classes, require_images, sample
 from smalti.world import World
 
 CHUNK_SIZE = 64  # images, or the next multiple of micro_batch
@@ -36,6 +36,7 @@ class SampleSettings:
         classes: used in turn; without them `label_rule` says where classes come from.
         chunks: `a:b`, numbers of the chunks that this process is to make, b not included; "" = whichever is missing.
         chunk_size, threads: None = as the set that is there, else 64 (rounded up to micro_batch), and torch's number.
+        codec, other_decoder: see `load_source`.
         overwrite: where `out` holds another set, remove that one first; nothing that is not its own.
     """
 
@@ -53,6 +54,8 @@ class SampleSettings:
     chunks: str = ""
     chunk_size: int | None = None
     threads: int | None = None
+    codec: str = ""
+    other_decoder: bool = False
     overwrite: bool = False
 
 
@@ -93,12 +96,8 @@ def read_request(settings: SampleSettings, place: World) -> SampleRequest:
         raise ConfigError("--save needs png, npz or both")
     if settings.classes and settings.label_rule == "balanced":
         raise ConfigError("--labels balanced takes every class: leave --classes out, or --labels")
-    source = load_source(settings.model, where)
-    if source.config.in_channels != 3:
-        raise ConfigError(
-            f"{settings.model} makes latents of {source.config.in_channels} channels, not images: they need the "
-            "decoder that it was trained with"
-        )
+    source = load_source(settings.model, where, codec=settings.codec, other_decoder=settings.other_decoder)
+    require_images(source, settings.model)
     labels = read_classes(source, settings.classes, len(seeds), seeds, otherwise=settings.label_rule)
     weights, config = _model_digests(settings.model, source)
     if settings.inference != "none":
@@ -112,7 +111,8 @@ def read_request(settings: SampleSettings, place: World) -> SampleRequest:
         count=len(seeds),
         label_rule=_label_rule(settings, source, labels),
         sampling=settings.sampling,
-        image_size=source.config.sample_size,
+        image_size=source.image_size,
+        decoder=source.decoder,
         micro_batch=settings.micro_batch,
         chunk_size=settings.chunk_size or -(-CHUNK_SIZE // settings.micro_batch) * settings.micro_batch,
         precision=settings.precision,

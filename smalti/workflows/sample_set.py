@@ -249,6 +249,7 @@ class _Work:
             "micro_batch": identity.micro_batch,
             "precision": identity.precision,
             "inference": identity.inference,
+            "decoder": identity.decoder,
             "device": identity.device,
             "threads": identity.threads,
             "torch": identity.torch,
