@@ -50,3 +50,9 @@ class PreemptedError(SmaltiError):
     """The run was asked to stop, saved itself at a step boundary, and continues when it is started again."""
 
     exit_code = 75
+
+
+class PeerLostError(SmaltiError):
+    """Another process of the run ended or no longer answers; what was stored stands, so start the run again."""
+
+    exit_code = 75

@@ -4,17 +4,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import PeerLostError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
 
 # Longer than the slowest share of the work may lag behind the fastest; a process that died is noticed at once.
 _PATIENCE = timedelta(hours=12)
@@ -27,11 +28,13 @@ class World:
     Args:
         rank: 0 to size - 1; the first one writes and reports.
         local_rank: among those of this machine; None where nobody says.
+        store: small notes that all can read, also while one of them does not answer; None = not connected, or alone.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int | None = None
+    store: "Store | None" = field(default=None, compare=False, repr=False)
 
     @classmethod
     def launched(cls) -> "World":
@@ -63,7 +66,7 @@ class World:
         """Each number added up over all processes, in float64; the same bits on all of them.
 
         Raises:
-            SmaltiError: another process ended before its numbers came.
+            PeerLostError: another process ended before its numbers came.
         """
         if self.size == 1:
             return values
@@ -79,7 +82,7 @@ class World:
             rows: the same names everywhere, each (rows of this process, width), maybe no rows at all.
 
         Raises:
-            SmaltiError: another process ended before its rows came.
+            PeerLostError: another process ended before its rows came.
         """
         if self.size == 1:
             return dict(rows)
@@ -99,7 +102,7 @@ class World:
             group: a process group of all processes that can move CPU tensors (gloo); None = the default one.
 
         Raises:
-            SmaltiError: another process ended before its value came.
+            PeerLostError: another process ended before its value came.
         """
         return [json.loads(part) for part in self._exchange(json.dumps(value).encode(), group, everywhere=True) or []]
 
@@ -124,7 +127,7 @@ class World:
         """Wait until every process has come here.
 
         Raises:
-            SmaltiError: another process ended before it came.
+            PeerLostError: another process ended before it came.
         """
         self.gather_objects(None, group)
 
@@ -150,7 +153,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise SmaltiError(
+            raise PeerLostError(
                 f"process {self.rank} of {self.size} waited for another one that ended; its own message says why"
             ) from error
 
@@ -179,14 +182,28 @@ def _as_tensor(data: bytes, length: int) -> Tensor:
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """`World.launched`, connected."""
+def world(device: torch.device | None = None, patience: timedelta = _PATIENCE) -> Iterator[World]:
+    """`World.launched`, connected; inside another `world()`, that one.
+
+    Args:
+        device: what the processes compute on, if its tensors shall go between them too; those on the CPU always can.
+        patience: how long a process waits for one that neither answers nor has ended.
+    """
     me = World.launched()
-    if me.size == 1:
+    if me.size == 1 or torch.distributed.is_initialized():
         yield me
         return
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    backend = "gloo"
+    if device is not None and device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(me.device(device))
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    groups = PrefixStore("default_pg", store)
+    torch.distributed.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=patience)
     try:
-        yield me
+        yield replace(me, store=PrefixStore("smalti", store))
     finally:
         torch.distributed.destroy_process_group()

@@ -5,14 +5,18 @@ from typing import Annotated
 
 import tyro
 
+from smalti.errors import PreemptedError
 from smalti.training.config import RunConfig
 from smalti.workflows.recipes import load_settings
 from smalti.workflows.train import train
+from smalti.world import World
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a model, or continue the run in --out: the same command again goes on where it stopped.
+
+    Processes started by `torchrun` share the run.
 
     Settings may come from a file, `--config run.yaml`, or a recipe's name (`smalti recipes` lists them); flags change
     them. Every run folder holds its own config.yaml.
@@ -25,7 +29,15 @@ class Train:
         return cls(load_settings(path))
 
     def run(self) -> None:
-        result = train(self.config)
+        first = World.launched().rank == 0
+        try:
+            result = train(self.config)
+        except PreemptedError as error:
+            if first:
+                raise
+            raise SystemExit(error.exit_code) from error  # all stop at the same step, and one says so
+        if not first:
+            return
         if result.validation is not None and result.baselines is not None:
             print(
                 f"validation loss {result.validation.mean:.4f}; the best linear denoiser has "

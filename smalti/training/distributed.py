@@ -106,9 +106,7 @@ class Parallel:
         if self.strategy == "ddp":
             # Weights are equal from the start: all processes draw them from the seed, or read the same checkpoint.
             ids = None if self.device.type == "cpu" else [self.device]
-            call = nn.parallel.DistributedDataParallel(
-                network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            call = nn.parallel.DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
         elif self.mesh is not None:
             self._shard(network, reshard=self.config.reshard)
         # Gradients that wait for the last micro-batch are whole ones, which is what `reshard` is there to avoid.

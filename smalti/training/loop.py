@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smalti.diffusion.objectives import ObjectiveConfig, training_losses
+from smalti.errors import ConfigError, SmaltiError
 from smalti.models import config_of
 from smalti.training.batches import BatchSource, TrainBatch
 from smalti.training.config import RunConfig
@@ -31,6 +32,7 @@ class StepReport(NamedTuple):
         rewind: they are to be those of the newest checkpoint; no step follows this one.
         micro_batch: images per forward pass and process, as memory has allowed so far.
         stop: which signal some process has got, None = none.
+        failed: some process said that it is failing.
     """
 
     step: int
@@ -41,6 +43,21 @@ class StepReport(NamedTuple):
     rewind: bool = False
     micro_batch: int = 0
     stop: signal.Signals | None = None
+    failed: bool = False
+
+
+class MicroBatchTooLargeError(SmaltiError):
+    """Memory did not suffice where one process alone cannot try again: the run ends, and goes on with smaller parts.
+
+    Args:
+        micro_batch: half of what was too much.
+    """
+
+    exit_code = 75
+
+    def __init__(self, message: str, micro_batch: int) -> None:
+        super().__init__(message)
+        self.micro_batch = micro_batch
 
 
 class Part(NamedTuple):
@@ -70,6 +87,7 @@ def train_steps(
     batches: BatchSource,
     config: RunConfig,
     stopping: Callable[[], signal.Signals | None] = lambda: None,
+    failing: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
     """Train from `state.step` to `config.steps`, changing `state` in place.
 
@@ -78,14 +96,20 @@ def train_steps(
 
     Args:
         stopping: the signal that this process has got, if any.
+        failing: whether something beside the training has failed on this process; see `StepReport.failed`.
 
     Raises:
         NumericError: too many of the last steps had a loss or gradient that was not finite.
+        ConfigError: memory does not suffice for a single image.
+        MicroBatchTooLargeError: it does not suffice for a micro-batch, and the processes cannot agree on another one
+            any more.
     """
     trained = [p for p in state.model.parameters() if p.requires_grad]
     clip = math.inf if config.optimizer.clip_norm is None else config.optimizer.clip_norm
     world = state.engine.world
     micro_batch = min(config.micro_batch or config.batch_size, -(-config.batch_size // world.size))
+    if state.engine.strategy == "ddp" and state.step < config.steps:
+        micro_batch = _tried(state, batches, config, micro_batch)
     while state.step < config.steps:
         rate = learning_rate(config.optimizer, state.step, config.steps)
         for group in state.optimizer.param_groups:
@@ -94,12 +118,13 @@ def train_steps(
         passed_over = state.guard.passes_over(state.step)
         loss = norm = math.nan
         if not passed_over:
-            loss = _gradients(state, batches, config, parts_of(state.step, config.batch_size, world, micro_batch))
+            loss, micro_batch = _gradients_that_fit(state, batches, config, micro_batch)
             norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, clip)))
         # One exchange for all that is decided. A sum that is not finite stays so.
         told = stopping()
         flags = [float(told == number) for number in StopRequest.signals]
-        loss, wrong, *flags = world.sum(loss, float(not math.isfinite(norm)), *flags)
+        wrong, failed = float(not math.isfinite(norm)), float(failing())
+        loss, wrong, failed, *flags = world.sum(loss, wrong, failed, *flags)
         norm = math.nan if wrong and math.isfinite(norm) else norm
         verdict = "skip" if passed_over else state.guard.judge(state.step, loss, norm, positions)
         if verdict == "step":
@@ -108,11 +133,65 @@ def train_steps(
         state.optimizer.zero_grad()
         state.step += 1
         told = next((number for number, count in zip(StopRequest.signals, flags, strict=True) if count), None)
-        if world.size == 1:  # no reason to wait for the next exchange
-            told = stopping()
-        yield StepReport(state.step, loss, norm, rate, verdict != "step", verdict == "rewind", micro_batch, told)
+        skipped, rewind = verdict != "step", verdict == "rewind"
+        yield StepReport(state.step, loss, norm, rate, skipped, rewind, micro_batch, told, bool(failed))
         if verdict == "rewind":
             return
+
+
+def _gradients_that_fit(
+    state: TrainState, batches: BatchSource, config: RunConfig, micro_batch: int
+) -> tuple[float, int]:
+    """`_gradients`, again from the start with parts half as large where memory does not suffice."""
+    world = state.engine.world
+    while True:
+        try:
+            parts = parts_of(state.step, config.batch_size, world, micro_batch)
+            return _gradients(state, batches, config, parts), micro_batch
+        except torch.OutOfMemoryError as error:
+            smaller = _halved(micro_batch, error)
+            if world.size > 1:  # the others are in the middle of the step, and wait for this process
+                raise MicroBatchTooLargeError(
+                    f"process {world.rank} ran out of memory at step {state.step} with {micro_batch} images per "
+                    f"forward pass; the same command continues with {smaller}",
+                    smaller,
+                ) from error
+        # Outside of the handler, which keeps what the failed pass had made.
+        micro_batch = smaller
+        _clear(state)
+
+
+def _tried(state: TrainState, batches: BatchSource, config: RunConfig, micro_batch: int) -> int:
+    """The micro-batch that all processes have memory for, by one that each takes alone and that leaves nothing."""
+    world = state.engine.world
+    while True:
+        part, error = parts_of(state.step, config.batch_size, world, micro_batch)[0], None
+        try:
+            with state.engine.micro_batch(last=False):
+                batch = batches.at(part.start, part.size)
+                _run_micro_batch(state, batch, batches.objective, config, counts=part.counts)
+        except torch.OutOfMemoryError as caught:
+            error = caught.with_traceback(None)
+        _clear(state)
+        if not any(world.sum(float(error is not None))):
+            return micro_batch
+        micro_batch = _halved(micro_batch, error)
+
+
+def _halved(micro_batch: int, error: Exception | None) -> int:
+    if micro_batch == 1:
+        raise ConfigError(
+            "memory does not suffice for a forward and backward pass of a single image: keep less of it "
+            "(--parallel.activation-checkpointing full, --precision bf16), or share the network between GPUs "
+            "(--parallel.strategy fsdp)"
+        ) from error
+    return micro_batch // 2
+
+
+def _clear(state: TrainState) -> None:
+    state.optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _gradients(state: TrainState, batches: BatchSource, config: RunConfig, parts: list[Part]) -> float:

@@ -1,6 +1,7 @@
 """Validation loss: the same held-out images, noise and levels every time, split by eighths of the noise range."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,9 +13,11 @@ from smalti.diffusion.levels import LevelBatch, Schedule
 from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.diffusion.prediction import add_noise, training_target, x0_weights
 from smalti.training.device import autocast
+from smalti.world import World
 
 STRATA = 8
 MAX_TRIPLES = 1024
+BATCH = 64  # fixed, so that the digits depend neither on memory nor on the number of processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,20 +94,37 @@ def validate(
     *,
     unit: str | None = None,
     precision: str = "fp32",
-    batch_size: int = 64,
+    batch_size: int = BATCH,
+    world: World | None = None,
 ) -> StrataLoss:
-    """The loss of a network on the triples, unweighted, run in the given precision; `unit` as in `loss_of`."""
+    """The loss of a network on the triples, unweighted, run in the given precision; `unit` as in `loss_of`.
+
+    Args:
+        world: the processes that share the work, and hold the network together or each a copy; all get the result.
+    """
+    world = World() if world is None else world
     device = next(model.parameters()).device
     x_t = add_noise(triples.x0, triples.eps, triples.levels)
-    outputs = []
-    for start in range(0, len(triples), batch_size):
-        part = slice(start, start + batch_size)
+    share = world.share(len(triples), batch_size)
+    outputs = [triples.x0[:0]]
+    # Equally many forward passes for all, of which each may be one of all together.
+    for k in range(-(-len(triples) // (batch_size * world.size))):
+        start = share.start + k * batch_size
+        counts = start < share.stop
+        part = slice(start, min(start + batch_size, share.stop)) if counts else slice(0, 1)
         labels = None if triples.class_labels is None else triples.class_labels[part].to(device)
         timesteps = triples.levels.timesteps[part].float().to(device)
         with autocast(device, precision):
             output = model(x_t[part].to(device), timesteps, labels)
-        outputs.append(output[:, : triples.x0.shape[1]].float().cpu())
-    return loss_of(torch.cat(outputs), triples, prediction, unit=unit)
+        if counts:
+            outputs.append(output[:, : triples.x0.shape[1]].float().cpu())
+    rows = world.gather({"output": torch.cat(outputs).flatten(1)})
+    found: list[Any] = []
+    if rows is not None:
+        loss = loss_of(rows["output"].view_as(triples.x0), triples, prediction, unit=unit)
+        found = [loss.mean, loss.strata]
+    mean, strata = world.broadcast_object(found)
+    return StrataLoss(mean, tuple(strata))
 
 
 def loss_of(

@@ -1,10 +1,12 @@
 """`train`: from a RunConfig to a run folder with a log, samples, checkpoints and a finished model."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from smalti import streams
-from smalti.checkpoints import CheckpointStore, RunLock, save_model
+from smalti.checkpoints import CheckpointStore, save_model
+from smalti.checkpoints.saver import AsyncSaver
+from smalti.checkpoints.together import Together
 from smalti.config import to_dict
 from smalti.data import SampleOrder, Split, load_image_set, split, to_uint8
 from smalti.data.examples import Examples, PixelExamples
@@ -28,23 +32,34 @@ from smalti.training.baselines import Baselines, baselines, example_moments
 from smalti.training.batches import BatchSource
 from smalti.training.config import RunConfig
 from smalti.training.device import autocast_dtype, resolve_device
+from smalti.training.distributed import Parallel
 from smalti.training.ema import EMA, default_decay
-from smalti.training.log import RunLog, tensorboard_installed
+from smalti.training.guard import Guard
+from smalti.training.log import tensorboard_installed
 from smalti.training.loop import StepReport, train_steps
 from smalti.training.optim import build_optimizer
+from smalti.training.peers import Peers
 from smalti.training.state import TrainState
 from smalti.training.stop import StopRequest
 from smalti.training.validation import StrataLoss, Triples, make_triples, validate, validation_unit
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.quality import QualityCheck, prepare_quality
-from smalti.workflows.run_folder import settle_config
+from smalti.workflows.train_together import (
+    allowed_micro_batch,
+    locked,
+    open_log,
+    settle,
+    told_of_memory,
+    whole_network,
+)
+from smalti.world import World, world
 
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 4
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run; the model holds the averaged weights."""
+    """A finished run; the model holds the averaged weights, of a network in parts only on the first process."""
 
     out: Path
     model: nn.Module
@@ -65,6 +80,11 @@ class Run:
     batches: BatchSource
     triples: Triples | None
     quality: QualityCheck | None
+    parallel: Parallel
+
+    @property
+    def world(self) -> World:
+        return self.parallel.world
 
     @property
     def catalogue(self) -> Catalogue:
@@ -88,28 +108,35 @@ def model_config(config: RunConfig, examples: Examples) -> BackboneConfig:
 def train(config: RunConfig, *, on_step: Callable[[StepReport], None] | None = None) -> TrainResult:
     """Train, or continue what the run folder holds; nothing is lost whenever this is stopped.
 
+    Of several processes, each calls this; the first one writes and reports.
+
     Args:
         on_step: told of every finished step.
 
     Raises:
         PreemptedError: stopped on request; the run was saved and the same call continues it.
+        PeerLostError: another process of the run is gone; the same call continues.
         SmaltiError: whatever else the user can mend.
     """
-    run, model = prepare_run(config)
-    with RunLock(config.out):
-        changed = settle_config(config, run.catalogue, model)
-        state = new_state(run, model)
-        store = CheckpointStore(config.out / "checkpoints", keep_last=config.keep_checkpoints, sole_writer=True)
-        return _run(run, state, store, changed, on_step)
+    device = resolve_device(config.device)
+    patience = timedelta(minutes=config.parallel.timeout_minutes)
+    with world(device, patience) as me, Peers(me) as peers, peers.watched():
+        run, model = prepare_run(config, me)
+        with locked(config.out, me):
+            changed = settle(config, run.catalogue, model, me)
+            return _run(run, model, changed, peers, on_step)
 
 
-def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
+def prepare_run(config: RunConfig, me: World | None = None) -> tuple[Run, BackboneConfig]:
     """Load the images and settle everything that stays the same; nothing is written.
 
     Raises:
         SmaltiError: settings, images or the two together do not fit.
     """
-    device = resolve_device(config.device)
+    me = World() if me is None else me
+    device = me.device(resolve_device(config.device))
+    if config.parallel.compile and config.stochastic_depth:
+        raise ConfigError("compiled blocks do not see the hooks of stochastic_depth: set it to 0, or leave compile out")
     images = load_image_set(config.data.path, config.data.image_size, skip_unreadable=config.data.skip_unreadable)
     examples = PixelExamples(images)
     model = model_config(config, examples)
@@ -140,48 +167,116 @@ def prepare_run(config: RunConfig) -> tuple[Run, BackboneConfig]:
     held_out = parts.validation.tolist()
     triples = make_triples(examples, held_out, schedule, config.seed, conditional=conditional) if held_out else None
     quality = prepare_quality(config.quality, images, parts.train, config.seed, device)
-    return Run(config, device, examples, parts, schedule, batches, triples, quality), model
+    parallel = Parallel.prepare(config.parallel, me, device, config.precision)
+    return Run(config, device, examples, parts, schedule, batches, triples, quality, parallel), model
 
 
 def new_state(run: Run, model: BackboneConfig) -> TrainState:
-    """Step 0: weights drawn from the run's seed."""
+    """Step 0: weights drawn from the run's seed, the same on all processes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(streams.key(run.config.seed, streams.INIT) & (2**63 - 1))
         network = build_backbone(model).to(run.device)
     decay = run.config.ema_decay
     ema = EMA(network, default_decay(run.config.steps) if decay is None else decay)
-    return TrainState(network, ema, build_optimizer(network, run.config.optimizer))
+    run.parallel.evaluated(ema.model)
+    engine = run.parallel.trained(network)
+    guard = Guard(run.config.guard, run.config.out if run.world.rank == 0 else None)
+    guard.adopt(run.world.broadcast_object(list(guard.rewinds)))
+    return TrainState(network, ema, build_optimizer(network, run.config.optimizer), guard=guard, engine=engine)
 
 
 def _run(
     run: Run,
-    state: TrainState,
-    store: CheckpointStore,
+    model: BackboneConfig,
     changed: list[str],
+    peers: Peers,
     on_step: Callable[[StepReport], None] | None,
 ) -> TrainResult:
-    config = run.config
-    with StopRequest() as stop, ProgressReport("training", config.steps) as progress, ExitStack() as at_end:
-        stored = store.load_newest(on_skip=lambda reason: progress.note(f"passed over {reason}"))
-        if stored is not None:
-            state.restore(stored)
-            progress.note(f"continuing {config.out} at step {state.step}")
-            progress.continue_from(state.step)
-        # Without a checkpoint nothing of an earlier try counts, not even its step 0.
-        log = RunLog(config.out, state.step if stored is not None else -1, tensorboard=tensorboard_installed())
-        at_end.callback(log.close)
-        if stored is not None and changed:
-            progress.note(f"settings changed: {'; '.join(changed)}")
-            log.write("settings", state.step, changed=changed)
-        lines = _baselines(run) if run.triples is not None else None
-        if lines is not None and stored is None:
-            log.write("baseline", 0, constant=lines.constant.mean, linear=lines.linear.mean)
+    config, me = run.config, run.world
+    store = CheckpointStore(
+        config.out / "checkpoints",
+        keep_last=config.keep_checkpoints,
+        keep_every=config.store.keep_every,
+        keep_best=config.store.keep_best,
+        sole_writer=True,
+        world=me,
+    )
+    lines = _baselines(run) if run.triples is not None else None
+    with ExitStack() as at_end:
+        silence = at_end.enter_context(open(os.devnull, "w")) if me.rank else None
+        stop = at_end.enter_context(StopRequest())
+        progress = at_end.enter_context(ProgressReport("training", config.steps, out=silence))
+        saver = at_end.enter_context(AsyncSaver(store, timeout=60 * config.parallel.timeout_minutes))
+        start = _Start(run, model, store, saver, changed, lines)
+        while (finished := _train(start, stop, progress, peers, on_step)) is None:
+            changed.clear()  # told once
+        state, loss = finished
+    if loss is None and run.triples is not None:
+        loss = _validate(run, state)
+    network = whole_network(state.ema.model, model, me)
+
+    def write(_: object) -> None:
+        save_model(config.out / "model", network, extra=model_extra(run, state.step))
+
+    Together(me).step(lambda: None, write)
+    return TrainResult(config.out, network, state.ema.decay, loss, lines)
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """What a run begins from, and begins from again after a rewind."""
+
+    run: Run
+    model: BackboneConfig
+    store: CheckpointStore
+    saver: AsyncSaver
+    changed: list[str]
+    lines: Baselines | None
+
+
+def _train(
+    start: _Start,
+    stop: StopRequest,
+    progress: ProgressReport,
+    peers: Peers,
+    on_step: Callable[[StepReport], None] | None,
+) -> tuple[TrainState, StrataLoss | None] | None:
+    """From the newest checkpoint to the end; the last validation loss, if there was one. None = a rewind."""
+    run, saver = start.run, start.saver
+    config, me = run.config, run.world
+    # Anew after a rewind, too: the weights of a run without a checkpoint are those of its seed.
+    state = new_state(run, start.model)
+    stored = start.store.load_newest(on_skip=lambda reason: progress.note(f"passed over {reason}"))
+    if stored is not None:
+        state.restore(stored)
+        progress.note(f"continuing {config.out} at step {state.step}")
+        progress.continue_from(state.step)
+    peers.step = state.step
+    config = replace(config, micro_batch=allowed_micro_batch(config, me))
+    first = state.step if stored is not None else -1
+    with closing(open_log(config.out, first, me, tensorboard=tensorboard_installed())) as log:
+        if stored is not None and start.changed:
+            progress.note(f"settings changed: {'; '.join(start.changed)}")
+            log.write("settings", state.step, changed=start.changed)
+        if start.lines is not None and stored is None:
+            log.write("baseline", 0, constant=start.lines.constant.mean, linear=start.lines.linear.mean)
         loss: StrataLoss | None = None
+        micro_batch: int | None = None
         since, since_step, losses = time.monotonic(), state.step, list[float]()
-        for report in train_steps(state, run.batches, config):
+        steps = train_steps(state, run.batches, config, lambda: stop.received, lambda: saver.failed)
+        for report in told_of_memory(steps, run.config, me):
             step, last = report.step, report.step == config.steps
+            peers.step = step
             if on_step is not None:
                 on_step(report)
+            if report.rewind:
+                saver.wait()  # what is going to be read
+                progress.note(f"step {step} is taken out of the run for its gradient: back to the newest checkpoint")
+                return None
+            if micro_batch is not None and report.micro_batch < micro_batch:
+                log.write("memory", step, micro_batch=report.micro_batch)
+                progress.note(f"out of memory: from step {step} on {report.micro_batch} images per forward pass")
+            micro_batch = report.micro_batch
             progress.update(step, f"loss {report.loss:.4f}" + (f", validation {loss.mean:.4f}" if loss else ""))
             losses += [] if report.skipped else [report.loss]
             if _due(step, config.log_every, last):
@@ -189,8 +284,10 @@ def _run(
                 speed = (step - since_step) * config.batch_size / max(now - since, 1e-9)
                 log.write("train", **_values(report, losses), images_per_second=round(speed, 2))
                 since, since_step, losses = now, step, []
+            score: float | None = None
             if run.triples is not None and _due(step, config.validate_every, last):
                 loss = _validate(run, state)
+                score = loss.mean
                 log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
             if run.quality is not None and _due(step, config.quality.every, last):
                 looked = run.quality.look(_quality_samples(run, state.ema.model))
@@ -198,16 +295,18 @@ def _run(
                 progress.note(run.quality.sentence(step, looked))
             if _due(step, config.sample_every, last):
                 save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
-            if _due(step, config.checkpoint_every, last) or last or stop.received:
-                store.save(step, state.groups(), state.counters())
-            if stop.received and not last:
+            if report.failed:
+                saver.wait()
+            told = stop.received if me.size == 1 else report.stop  # alone, no need to wait for the next exchange
+            if _due(step, config.checkpoint_every, last) or last or told:
+                saver.save(step, state.groups(), state.counters(), score=score)
+            if last or told or config.store.wait:
+                saver.wait()
+            if told and not last:
                 raise PreemptedError(
-                    f"stopped by {stop.received.name} and saved at step {step}; the same command continues {config.out}"
+                    f"stopped by {told.name} and saved at step {step}; the same command continues {config.out}"
                 )
-    if loss is None and run.triples is not None:
-        loss = _validate(run, state)
-    save_model(config.out / "model", state.ema.model, extra=model_extra(run, state.step))
-    return TrainResult(config.out, state.ema.model, state.ema.decay, loss, lines)
+    return state, loss
 
 
 def model_extra(run: Run, step: int) -> dict[str, Any]:
@@ -226,7 +325,8 @@ def save_preview(run: Run, model: nn.Module, path: Path) -> None:
     labels = [k for k in range(classes) for _ in range(PREVIEW_COLUMNS)] if classes else None
     count = len(labels) if labels is not None else PREVIEW_COLUMNS**2
     images = torch.cat(list(_draw(run, model, range(count), labels)))
-    save_grid(images, path, columns=PREVIEW_COLUMNS)
+    if run.world.rank == 0:  # all draw, because the network may be in parts
+        save_grid(images, path, columns=PREVIEW_COLUMNS)
 
 
 def _quality_samples(run: Run, model: nn.Module) -> Iterator[Tensor]:
@@ -271,6 +371,7 @@ def _validate(run: Run, state: TrainState) -> StrataLoss:
         objective.prediction,
         unit=validation_unit(objective),
         precision=run.config.precision,
+        world=run.world,
     )
 
 

@@ -1,0 +1,146 @@
+"""Who of the processes of a run is missing, when one of them is: signs of life beside the training."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from smalti.errors import PeerLostError, PreemptedError, SmaltiError
+from smalti.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+BEAT = 0.5  # seconds between two signs of life
+LOOK = 3 * BEAT  # how long to look for one
+_PATIENCE = timedelta(seconds=3)  # for the store itself, which may be gone with the process that kept it
+# What torch says when another process is gone; its classes do not cover gloo, which has plain RuntimeErrors.
+_COLLECTIVE = ("gloo", "connection", "nccl", "processgroup", "timed out", "socket", "tcpstore")
+
+
+class _Sign(NamedTuple):
+    step: int
+    beats: int
+
+
+class Peers:
+    """Tells the others, for a `with` block, that this process lives and at which step it is; and why it left.
+
+    A thread writes the signs, so that they stop when the process is killed or stopped, and go on while it waits for
+    another one. A process that is stuck in its own computation still gives them; then its step tells.
+
+    Attributes:
+        step: this process's; set it as it advances.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world, self.step = world, 0
+        self._store: Store | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Peers":
+        if self.world.store is not None:
+            # A connection of its own: the other one may be waiting.
+            self._store = self.world.store.clone()  # type: ignore[attr-defined]
+            self._store.set_timeout(_PATIENCE)
+            self._thread = threading.Thread(target=self._beat, name="signs of life", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """What ends the body is told to the others; and if that is the end of another one, it is told who.
+
+        Raises:
+            PeerLostError: another process ended, or did not answer in time.
+        """
+        try:
+            yield
+        except PreemptedError:
+            raise
+        except (RuntimeError, PeerLostError) as error:
+            if self.world.size == 1 or not _is_collective(error):
+                self._leave(f"{type(error).__name__}: {error}")
+                raise
+            message = f"{self.blame()}. What was stored stands: the same command continues the run"
+            raise PeerLostError(message) from error
+        except SmaltiError as error:
+            self._leave(str(error))
+            raise
+        except BaseException as error:
+            self._leave(f"{type(error).__name__}: {error}".strip(": "))
+            raise
+
+    def blame(self) -> str:
+        """Who is missing, since when, and why if it has said so; takes a moment."""
+        me = self.world
+        head = f"process {me.rank} of {me.size} stopped at step {self.step}"
+        try:
+            before = self._signs()
+            time.sleep(LOOK)
+            after = self._signs()
+            notes = [self._note(rank) for rank in range(me.size)]
+        except (RuntimeError, OSError):  # torch.distributed.DistError among them
+            return f"{head}: others are gone, and with them whoever kept the notes of the run (process 0, or torchrun)"
+        others = [rank for rank in range(me.size) if rank != me.rank]
+        causes = [f"process {rank} ended: {notes[rank]}" for rank in others if notes[rank]]
+        lost = [
+            f"process {rank} was last heard of at step {after[rank].step}"
+            for rank in others
+            if not notes[rank] and before[rank] == after[rank]
+        ]
+        behind = [f"process {rank} is at step {after[rank].step}" for rank in others]
+        return f"{head}: {'; '.join(causes or lost or ['no other process is missing', *behind])}"
+
+    def _beat(self) -> None:
+        beats = 0
+        while True:
+            beats += 1
+            try:
+                self._set(f"sign/{self.world.rank}", f"{self.step} {beats}")
+            except RuntimeError:  # the store is gone, and the run with it; the training itself will say so
+                return
+            if self._ended.wait(BEAT):
+                return
+
+    def _signs(self) -> list[_Sign]:
+        return [_Sign(*map(int, (self._get(f"sign/{rank}") or "0 0").split())) for rank in range(self.world.size)]
+
+    def _note(self, rank: int) -> str:
+        return self._get(f"left/{rank}")
+
+    def _leave(self, reason: str) -> None:
+        if self._store is None:
+            return
+        try:
+            self._set(f"left/{self.world.rank}", f"{' '.join(reason.split())[:500]} (at step {self.step})")
+        except RuntimeError:  # nobody there to be told; the reason itself is on its way to the user
+            return
+
+    def _set(self, key: str, value: str) -> None:
+        assert self._store is not None
+        self._store.set(key, value)
+
+    def _get(self, key: str) -> str:
+        if self._store is None or not self._store.check([key]):
+            return ""
+        return self._store.get(key).decode()
+
+
+def _is_collective(error: Exception) -> bool:
+    if isinstance(error, (PeerLostError, torch.distributed.DistError)):
+        return True
+    return any(word in str(error).lower() for word in _COLLECTIVE)

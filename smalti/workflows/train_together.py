@@ -1,0 +1,115 @@
+"""What the processes of one training run do as one: hold its folder, agree on what it is, write, and make room."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smalti.checkpoints import RunLock
+from smalti.checkpoints.together import Together
+from smalti.data.image_set import Catalogue
+from smalti.errors import DataError
+from smalti.models import BackboneConfig, build_backbone
+from smalti.report.files import write_text
+from smalti.training.config import RunConfig
+from smalti.training.distributed import as_sharded, whole
+from smalti.training.log import RunLog
+from smalti.training.loop import MicroBatchTooLargeError, StepReport
+from smalti.workflows.run_folder import settle_config
+from smalti.world import World
+
+MICRO_BATCH = "micro_batch.json"
+
+
+@contextmanager
+def locked(folder: Path, me: World) -> Iterator[None]:
+    """The first process holds the run folder for all; if it cannot, all hear why."""
+    with ExitStack() as held:
+
+        def take(_: object) -> None:
+            held.enter_context(RunLock(folder))
+
+        Together(me).step(lambda: None, take)
+        yield
+
+
+def settle(config: RunConfig, catalogue: Catalogue, model: BackboneConfig, me: World) -> list[str]:
+    """`settle_config` by the first process, for all; they must train on the same examples."""
+
+    def agreed(fingerprints: list[str]) -> list[str]:
+        if others := [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]:
+            raise DataError(
+                f"process {others[0]} finds other examples in {config.data.path} than process 0: every machine of "
+                "the run needs the same"
+            )
+        return settle_config(config, catalogue, model)
+
+    changed: list[str] = Together(me).step(lambda: catalogue.fingerprint, agreed)
+    return changed
+
+
+def open_log(folder: Path, step: int, me: World, *, tensorboard: bool) -> "RunLog | _NoLog":
+    """Without a checkpoint nothing of an earlier try counts, not even its step 0."""
+    return RunLog(folder, step, tensorboard=tensorboard) if me.rank == 0 else _NoLog()
+
+
+class _NoLog:
+    """Of the processes that do not write."""
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def allowed_micro_batch(config: RunConfig, me: World) -> int | None:
+    """As asked for, or less where that was found to be too much for the memory."""
+    path, found = config.out / MICRO_BATCH, None
+    if me.rank == 0 and path.exists():
+        kept = json.loads(path.read_text())
+        found = kept["micro_batch"] if kept["asked"] == config.micro_batch else None
+    found = me.broadcast_object(found)
+    return config.micro_batch if found is None else int(found)
+
+
+def told_of_memory(steps: Iterator[StepReport], config: RunConfig, me: World) -> Iterator[StepReport]:
+    """The steps; a micro-batch that had to be made smaller is written down, so that the next start begins with it."""
+    known: int | None = None
+    try:
+        for report in steps:
+            asked = min(config.micro_batch or config.batch_size, -(-config.batch_size // me.size))
+            if report.micro_batch < (asked if known is None else known) and me.rank == 0:
+                _keep_micro_batch(config, report.micro_batch)
+            known = report.micro_batch
+            yield report
+    except MicroBatchTooLargeError as error:
+        _keep_micro_batch(config, error.micro_batch)
+        raise
+
+
+def _keep_micro_batch(config: RunConfig, micro_batch: int) -> None:
+    document = {"asked": config.micro_batch, "micro_batch": micro_batch}
+    write_text(config.out / MICRO_BATCH, json.dumps(document) + "\n")
+
+
+def whole_network(network: nn.Module, model: BackboneConfig, me: World) -> nn.Module:
+    """A network in parts as a plain one on the CPU of the first process; others keep their part."""
+    tensors = network.state_dict()
+    if not any(as_sharded(tensor) is not None for tensor in tensors.values()):
+        return network
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)  # one at a time, because every process gets it
+        if me.rank == 0:
+            found[name] = gathered.cpu().clone()
+    if me.rank:
+        return network
+    with torch.device("meta"):
+        plain = build_backbone(model)
+    plain.load_state_dict(found, strict=True, assign=True)
+    return plain.eval().requires_grad_(False)
