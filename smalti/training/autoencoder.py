@@ -64,15 +64,15 @@ class AutoencoderConfig:
     widths: tuple[int, ...] = (16, 32, 64)
     layers_per_block: int = 1
     latent_channels: int = 4
-    steps: int = 1500
+    steps: int = 2000
     batch_size: int = 16
     learning_rate: float = 3e-3
-    kl_weight: float = 1e-5
+    kl_weight: float = 1e-4
     edge_weight: float = 0.5
     clip_norm: float = 1.0
     device: str = "auto"
     log_every: int = 20
-    validate_every: int = 250
+    validate_every: int = 500
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
