@@ -1,4 +1,4 @@
-"""`smalti data`: build the larger emoji set, check a folder of images."""
+"""`smalti data`: build the larger emoji set, check what a run would be trained on."""
 
 import sys
 from dataclasses import dataclass
@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from smalti.workflows.data import build_emoji64, describe
+from smalti.errors import ConfigError, DataError
+from smalti.workflows.data import build_emoji64
+from smalti.workflows.data_check import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +29,34 @@ class DataBuild:
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheck:
-    """Look at every image of a folder: sizes, formats, classes, and each file that cannot be used, with the reason."""
+    """Look at every image of a folder, of tar shards, or at latents: sizes, formats, classes, and each file that cannot
+    be used, with the reason. What was found is stored: training then starts without looking again."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """Folder of images, or the name of a set."""
+    """Folder of images, tar shards (a folder of them, shards/train-{000..099}.tar, or a URL), latents, or a set's
+    name."""
     all: bool = False
     """Name every rejected file instead of the first 50."""
+    beside: bool = False
+    """Store the index in the data's own folder, as .smalti-index, for everybody who reads it; not in your cache."""
+    processes: int | None = None
+    """How many look at shards at the same time. By default one for each core, at most 8."""
 
     def run(self) -> None:
-        print(describe(self.path, listed=None if self.all else 50, progress=_progress))
+        if self.processes is not None and self.processes < 1:
+            raise ConfigError(f"--processes must be at least 1, got {self.processes}")
+        report = check(
+            self.path,
+            listed=None if self.all else 50,
+            beside=self.beside,
+            processes=self.processes,
+            progress=_progress,
+        )
+        print(report.text)
+        if not report.usable:
+            raise DataError(f"{self.path}: nothing in it can be used as it is")
 
 
 def _progress(done: int, found: int) -> None:
     if sys.stderr.isatty() and (done % 100 == 0 or done == found):
-        print(f"\r{done} / {found} files", end="\n" if done == found else "", file=sys.stderr, flush=True)
+        print(f"\r{done} / {found}", end="\n" if done == found else "", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 from smalti.data.batch import ImageBatch, load_batch, to_uint8, to_unit_range
 from smalti.data.image_set import ArrayImages, ImageSet
-from smalti.data.order import SampleOrder, Split, split
+from smalti.data.order import Order, SampleOrder, Split, split, training_order
 from smalti.data.sets import load_image_set
 from smalti.data.sources import ImageSource, open_images
 
@@ -11,6 +11,7 @@ __all__ = [
     "ImageBatch",
     "ImageSet",
     "ImageSource",
+    "Order",
     "SampleOrder",
     "Split",
     "load_batch",
@@ -19,4 +20,5 @@ __all__ = [
     "split",
     "to_uint8",
     "to_unit_range",
+    "training_order",
 ]

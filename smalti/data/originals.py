@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from smalti.data.decoding import FORMATS, MAX_PIXELS, UnusableImageError, centre_crop, decode
-from smalti.data.folder import RejectedFile, class_folders, read_regular_file, should_be_image, walk_files
+from smalti.data.folder_pass import RejectedFile, class_folders, read_regular_file, should_be_image, walk_files
 from smalti.data.image_set import fingerprint_of, merge_twins
 from smalti.errors import DataError
 

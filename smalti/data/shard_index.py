@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from smalti.data.decoding import UnusableImageError, decode, looks_like_image
-from smalti.data.folder import IMAGE_SUFFIXES, RejectedFile
+from smalti.data.folder_pass import IMAGE_SUFFIXES, RejectedFile
 from smalti.data.index_file import PackedNames, StoredIndex
 from smalti.data.tar_file import Member, walk_members
 from smalti.storage.objects import ByteStore

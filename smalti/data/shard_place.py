@@ -5,7 +5,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from smalti.data.folder import IMAGE_SUFFIXES
+from smalti.data.folder_pass import IMAGE_SUFFIXES
 from smalti.errors import DataError
 from smalti.storage.objects import ByteStore, is_url, open_store
 

@@ -24,7 +24,8 @@ import numpy as np
 
 from smalti.data.changed import Tally
 from smalti.data.decoding import UnusableImageError, centre_crop, decode
-from smalti.data.folder import CACHE_BYTES, RejectedFile, refuse_case_twins, refuse_unusable
+from smalti.data.folder import CACHE_BYTES, refuse_unusable
+from smalti.data.folder_pass import RejectedFile, refuse_case_twins
 from smalti.data.image_set import merge_twins
 from smalti.data.index_file import PackedNames, cache_folder, parse_index, read_index, write_index
 from smalti.data.shard_index import FOLDER, NAME, NUMBER, ShardIndex, index_shard, key_of, restored, stored

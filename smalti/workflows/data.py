@@ -1,4 +1,4 @@
-"""Image sets made from the emoji packages (`emoji32`, shipped; `emoji64`, on demand), and a report on any folder."""
+"""Image sets made from the emoji packages: `emoji32`, shipped, and `emoji64`, on demand."""
 
 import base64
 import hashlib
@@ -7,7 +7,6 @@ import json
 import subprocess
 import tarfile
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ import numpy as np
 from PIL import Image
 
 from smalti.data.decoding import UnusableImageError, decode
-from smalti.data.folder import FolderIndex, index_folder
-from smalti.data.image_set import ImageSet, merge_twins
+from smalti.data.image_set import merge_twins
 from smalti.data.packed import PackedItems, pack_items
-from smalti.data.sets import BUILT_IN, cache_folder, load_image_set
+from smalti.data.sets import cache_folder
 from smalti.errors import DataError, StorageError
 
 # In Unicode's own order. The package has a tenth, Component: five skin swatches, no pictures.
@@ -348,52 +346,3 @@ def tarball_or_fetch(package: EmojiPackage, tarball: Path | None) -> Iterator[Pa
         return
     with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
         yield fetch(package, Path(folder))
-
-
-def describe(spec: str, *, listed: int | None = 50, progress: Callable[[int, int], None] | None = None) -> str:
-    """What is in an image set or a folder, as text: images, sizes, classes, and each file that cannot be used.
-
-    Args:
-        listed: how many rejected files to name; `None` = all.
-
-    Raises:
-        DataError: the folder is missing, or laid out so that classes cannot be told.
-    """
-    folder = Path(spec)
-    if spec in BUILT_IN or (folder / "items.json").is_file():
-        return _describe_set(load_image_set(spec))
-    return describe_index(index_folder(folder, progress=progress), listed=listed)
-
-
-def _describe_set(images: ImageSet) -> str:
-    rows, columns = images.image_size
-    lines = [f"{images.name}: {len(images)} images, {rows} x {columns}, fingerprint {images.fingerprint[:16]}"]
-    return "\n".join(lines + _class_lines(images.class_names, images.class_labels))
-
-
-def describe_index(index: FolderIndex, *, listed: int | None = 50) -> str:
-    """The report of `describe` for an index."""
-    entries = index.entries
-    lines = [f"{index.root}: {len(entries)} images, {len(index.unusable)} unusable files"]
-    if entries:
-        sizes = sorted({e.image_size for e in entries})
-        span = " x ".join(map(str, sizes[0])) + (f" to {' x '.join(map(str, sizes[-1]))}" if len(sizes) > 1 else "")
-        kinds = Counter(f"{e.format} {e.mode}" for e in entries)
-        lines.append(f"sizes: {len(sizes)}, {span} (rows x columns)")
-        lines.append("formats: " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
-        copies = len(entries) - len({e.sha256 for e in entries})
-        lines += [f"exact copies: {copies} (a split keeps them together)"] if copies else []
-    lines += _class_lines(index.class_names, index.class_labels)
-    findings = [f"unusable {r.path!r}: {r.reason}" for r in index.unusable]
-    findings += [f"note {e.path!r}: {note}" for e in entries for note in e.notes]
-    findings += [f"left out {r.path!r}: {r.reason}" for r in index.rejected if r.other]
-    shown = findings if listed is None else findings[:listed]
-    return "\n".join(lines + shown + ([f"and {len(findings) - len(shown)} more"] if len(shown) < len(findings) else []))
-
-
-def _class_lines(class_names: Sequence[str], class_labels: np.ndarray) -> list[str]:
-    counts = np.bincount(class_labels, minlength=len(class_names)).tolist() if class_names else []
-    return [f"classes: {len(class_names) or 'none'}"] + [
-        f"  {label} {name!r}: {count} images" + ("" if count else "  <- empty")
-        for label, (name, count) in enumerate(zip(class_names, counts, strict=True))
-    ]

@@ -21,6 +21,7 @@ from smalti.data.image_set import merge_twins
 from smalti.data.packed import PackedItems, load_packed, pack_images, pack_items
 from smalti.errors import DataError
 from smalti.workflows import data as building
+from smalti.workflows.data_check import check
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "smalti" / "data" / "emoji32"
@@ -406,8 +407,8 @@ def test_data_check_prints_what_it_found(tmp_path, capsys):
 def test_data_check_names_a_limited_number_of_files(tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.png").write_bytes(b"")
-    assert "and 10 more" in building.describe(str(tmp_path))
-    assert "more" not in building.describe(str(tmp_path), listed=None)
+    assert "and 10 more" in check(str(tmp_path)).text
+    assert "more" not in check(str(tmp_path), listed=None).text
 
 
 def test_shipped_table_matches_its_images():
