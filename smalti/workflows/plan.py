@@ -12,7 +12,7 @@ from smalti.cost.plan import Plan, plan
 from smalti.cost.plan_request import UTILISATIONS, CheckpointPolicy, Measured, PlanRequest, Strategy
 from smalti.errors import ConfigError
 from smalti.models import BackboneConfig
-from smalti.presets import parse_overrides, preset_config
+from smalti.presets import find_preset, parse_overrides, preset_config
 from smalti.training.config import RunConfig
 from smalti.training.distributed import apply_activation_checkpointing
 from smalti.training.log import read_log
@@ -20,6 +20,7 @@ from smalti.workflows.run_folder import CONFIG, RESOLVED, load_config
 
 # As the papers trained; what a preset alone is planned for.
 PAPER_BATCH, PAPER_STEPS = 256, 400_000
+PIXEL_CHANNELS = 3  # of networks on images; those on latents are given another size by their codec
 WARM_LINES = 2  # of a log, in which caches fill and kernels compile
 
 
@@ -74,7 +75,8 @@ def plan_request(
     if preset is None and run is None:
         raise ConfigError("name a preset, e.g. dit-xl-2 (`smalti presets` lists them), or give --config run.yaml")
     name = preset if preset is not None else run.model  # type: ignore[union-attr]
-    settings = (parse_overrides(run.override) if run is not None and preset is None else {}) | parse_overrides(override)
+    settings = _of_run(run, name) if run is not None else {}
+    settings |= parse_overrides(override)
     if (side := _side(sample_size, image_size, factor)) is not None:
         settings["sample_size"] = side
     parallel = run.parallel if run is not None else None
@@ -103,6 +105,16 @@ def plan_request(
         measured=None if measured is None else read_measured(measured, measured_device or device),
         **others,
     )
+
+
+def _of_run(run: RunConfig, name: str) -> dict[str, Any]:
+    """What training will make of the preset, as far as settings tell; the rest it takes from the examples."""
+    settings: dict[str, Any] = {}
+    if run.data.image_size is not None and find_preset(name).config.in_channels == PIXEL_CHANNELS:
+        settings["sample_size"] = run.data.image_size
+    if run.objective.schedule == "flow":
+        settings["learned_variance"] = False  # a path without steps has no step variance to learn
+    return settings | (parse_overrides(run.override) if name == run.model else {})
 
 
 def _first(asked: Any, of_run: Any, otherwise: Any) -> Any:
