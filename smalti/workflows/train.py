@@ -251,7 +251,7 @@ def _train(
         state.restore(stored)
         progress.note(f"continuing {config.out} at step {state.step}")
         progress.continue_from(state.step)
-    peers.step = state.step
+    peers.advance(state.step)
     config = replace(config, micro_batch=allowed_micro_batch(config, me))
     first = state.step if stored is not None else -1
     with closing(open_log(config.out, first, me, tensorboard=tensorboard_installed())) as log:
@@ -266,7 +266,7 @@ def _train(
         steps = train_steps(state, run.batches, config, lambda: stop.received, lambda: saver.failed)
         for report in told_of_memory(steps, run.config, me):
             step, last = report.step, report.step == config.steps
-            peers.step = step
+            peers.advance(step)
             if on_step is not None:
                 on_step(report)
             if report.rewind:
@@ -282,7 +282,7 @@ def _train(
             if _due(step, config.log_every, last):
                 now = time.monotonic()
                 speed = (step - since_step) * config.batch_size / max(now - since, 1e-9)
-                log.write("train", **_values(report, losses), images_per_second=round(speed, 2))
+                log.write("train", **_values(report, losses), images_per_second=round(speed, 2), processes=me.size)
                 since, since_step, losses = now, step, []
             score: float | None = None
             if run.triples is not None and _due(step, config.validate_every, last):
