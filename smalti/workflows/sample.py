@@ -217,8 +217,8 @@ def sample(
         autocast=None if isinstance(source.model, InferenceForm) else autocast_dtype(precision),
         on_step=on_step,
     )
-    codec = source.codec or PixelCodec()
-    return (ImageBatch(codec.decode(b.latents).cpu(), b.class_labels, b.seeds) for b in batches)
+    decode = (lambda latents: latents) if source.codec is None else source.codec.decode
+    return (ImageBatch(decode(b.latents).cpu(), b.class_labels, b.seeds) for b in batches)
 
 
 def parse_seeds(text: str) -> list[int]:
