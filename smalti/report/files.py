@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from smalti.errors import StorageError
+from smalti.storage.filesystem import LocalFileSystem
+from smalti.storage.replacing import replace_file
 
 
 @contextmanager
@@ -20,16 +22,21 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}; free space or choose another --out"
-        ) from error
+        raise _refused(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, UTF-8.
+    """A text file, UTF-8. When this returns, it survives a power cut.
 
     Raises:
         StorageError: the disk is full or refuses.
     """
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(LocalFileSystem(), path, [text.encode()])
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path} cannot be written: {error.strerror or error}; free space or choose another --out")

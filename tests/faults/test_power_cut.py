@@ -18,7 +18,12 @@ import torch
 
 from smalti.checkpoints import CheckpointStore
 from smalti.errors import StorageError
+from smalti.report.files import write_text
 from smalti.storage.filesystem import LocalFileSystem
+from smalti.training.config import GuardConfig
+from smalti.training.guard import Guard
+from smalti.training.log import RunLog
+from smalti.training.status import mark_preempted
 
 SHUTDOWN, WITHOUT_THE_JOURNAL = 0x8004587D, struct.pack("I", 2)
 
@@ -188,6 +193,42 @@ def test_a_writer_that_does_not_sync_loses_what_it_promised(disk):
     disk.unmount()
     disk.mount()
     assert CheckpointStore(disk.root / "run").load_newest(lambda reason: None) is None
+
+
+def spike(folder):
+    guard = Guard(GuardConfig(spike_factor=2.0, on_spike="rewind"), folder)
+    for step in range(20):
+        guard.judge(step, 0.5, 1.0, range(1))
+    assert guard.judge(20, 0.5, 9.0, range(1)) == "rewind"
+
+
+def log_then_repair(folder):
+    log = RunLog(folder, -1, tensorboard=False)
+    log.write("train", 1, loss=0.5)
+    log.close()
+    RunLog(folder, 1, tensorboard=False).close()
+
+
+WRITES = {
+    "settings": (lambda folder: write_text(folder / "config.yaml", "seed: 1\n"), "config.yaml", b"seed: 1\n"),
+    "mark": (lambda folder: mark_preempted(folder, 7, "SIGTERM"), "PREEMPTED", b"step: 7\n"),
+    "rewind": (spike, "rewinds.json", b"20"),
+    "repaired log": (log_then_repair, "log.jsonl", b'"step": 1'),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_else_a_run_depends_on_is_there_after_a_power_cut(disk, name):
+    write, file, part = WRITES[name]
+    folder = disk.root / "run"
+    folder.mkdir()
+    os.sync()  # the folder itself is older than the cut
+    write(folder)
+    disk.cut()
+    gc.collect()
+    disk.unmount()
+    disk.mount()
+    assert part in (folder / file).read_bytes()
 
 
 @pytest.fixture
