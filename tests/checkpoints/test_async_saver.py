@@ -87,6 +87,7 @@ def test_host_memory_is_used_again(tmp_path, faults):
         assert saver._buffers.keys() == first.keys()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("ask", ["check", "wait", "save", "end"])
 def test_a_failure_is_told_once_at_the_next_question(tmp_path, faults, ask):
     fs = faults.FileSystem(tmp_path)
@@ -117,6 +118,7 @@ def test_a_failure_is_told_once_at_the_next_question(tmp_path, faults, ask):
     assert faults.value_of(store.load_newest(never)) == 4
 
 
+@pytest.mark.faults
 def test_a_failure_at_the_end_does_not_hide_the_error_that_ended_the_training(tmp_path, faults):
     store = CheckpointStore(tmp_path)
 
@@ -133,6 +135,7 @@ def test_a_failure_at_the_end_does_not_hide_the_error_that_ended_the_training(tm
     assert store.steps() == []
 
 
+@pytest.mark.faults
 def test_a_process_killed_at_any_point_of_a_save_beside_the_training_keeps_the_one_before(tmp_path, faults):
     for k in [*range(1, 60, 3), 1000]:
         root = tmp_path / str(k)

@@ -47,6 +47,7 @@ def test_a_checkpoint_tells_whose_it_is(tmp_path, save):
     assert store.load_newest(never).run_id is None
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("theirs", [10, 11], ids=["same step", "newer"])
 def test_a_newer_checkpoint_of_another_run_is_neither_replaced_nor_deleted(tmp_path, save, size, theirs):
@@ -60,6 +61,7 @@ def test_a_newer_checkpoint_of_another_run_is_neither_replaced_nor_deleted(tmp_p
     assert CheckpointStore(tmp_path).steps() == [12]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("first", ["load", "save"])
 def test_another_run_that_begins_meanwhile_is_noticed_also_when_it_is_behind(tmp_path, save, faults, first):
     save(3, "old")

@@ -121,6 +121,7 @@ def outcome(act):
     return None
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
 def test_an_upload_that_fails_at_any_call_leaves_a_whole_checkpoint_there(tmp_path, faults, url, again):
     for k in range(1, 100):
@@ -164,6 +165,7 @@ def test_a_store_that_stays_away_is_one_line_with_its_url_and_no_password(tmp_pa
         assert "secret" not in str(error.value)
 
 
+@pytest.mark.faults
 def test_a_store_that_swallows_bytes_is_found_out_at_once(tmp_path, faults, url):
     class Short(Faulty):
         def put_file(self, source, target):
@@ -175,6 +177,7 @@ def test_a_store_that_swallows_bytes_is_found_out_at_once(tmp_path, faults, url)
     assert mirror(url).newest() is None
 
 
+@pytest.mark.faults
 def test_a_damaged_file_there_is_told_and_the_older_checkpoint_fetched(tmp_path, faults, url):
     there = mirror(url, keep_last=5)
     for step in (10, 20, 30):

@@ -134,6 +134,7 @@ def test_pieces_that_do_not_fit_together_are_refused_by_all(tmp_path, faults, ch
     assert not tmp_path.exists() or list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("bad_rank", [0, 1, 2])
 def test_a_value_that_is_not_finite_on_one_process_stops_all(tmp_path, faults, bad_rank):
     save(tmp_path, 3, 10, faults, keep_last=1)
@@ -188,6 +189,7 @@ def calls_of_a_save(tmp_path, faults):
     return [(rank, k) for rank in range(SIZE) for k in range(1, counts[rank] + 1)]
 
 
+@pytest.mark.faults
 def test_any_process_killed_at_any_point_of_a_save_costs_nothing_and_holds_up_nobody(tmp_path, faults):
     for rank, k in calls_of_a_save(tmp_path, faults):
         root = tmp_path / f"{rank}-{k}"
@@ -207,6 +209,7 @@ def test_any_process_killed_at_any_point_of_a_save_costs_nothing_and_holds_up_no
         shutil.rmtree(root)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("mode", ["lost", "names", "mixed"])
 def test_a_power_cut_of_all_at_any_point_of_a_save_costs_nothing(tmp_path, faults, mode):
     for rank, k in [*calls_of_a_save(tmp_path, faults), (0, None)]:
@@ -225,6 +228,7 @@ def test_a_power_cut_of_all_at_any_point_of_a_save_costs_nothing(tmp_path, fault
         shutil.rmtree(disk)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
 def test_a_disk_that_fails_for_one_process_at_any_call_is_an_error_for_all(tmp_path, faults, number, lasting):
@@ -246,6 +250,7 @@ def test_a_disk_that_fails_for_one_process_at_any_call_is_an_error_for_all(tmp_p
         shutil.rmtree(root)
 
 
+@pytest.mark.faults
 def test_every_flip_and_cut_in_any_file_of_any_process_is_found_by_all(tmp_path, faults):
     save(tmp_path, 3, 10, faults)
     save(tmp_path, 3, 20, faults)

@@ -27,6 +27,7 @@ def warm(guard, steps=20, norm=1.0):
     return guard
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["loss", "norm"])
 @pytest.mark.parametrize("config", [GuardConfig(), SPIKES, GuardConfig(spike_factor=10.0, on_spike="rewind")])
@@ -43,6 +44,7 @@ def test_without_a_factor_no_norm_is_too_large():
     assert judge(guard, 100, 1e30) == "step"
 
 
+@pytest.mark.faults
 def test_a_spike_is_a_norm_above_the_factor_times_the_running_median():
     guard = warm(Guard(SPIKES), 20, 2.0)
     assert judge(guard, 20, 20.0) == "step"
@@ -72,6 +74,7 @@ def test_the_median_is_that_of_the_last_hundred_accepted_norms():
     assert 10 < len(guard.skipped) < 200
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("budget", [0, 1, 10])
 def test_a_run_gives_up_when_the_budget_is_exceeded_and_writes_what_is_known(tmp_path, budget):
     guard = warm(Guard(GuardConfig(skip_budget=budget, spike_factor=10.0), tmp_path))
@@ -98,6 +101,7 @@ def test_a_run_gives_up_when_the_budget_is_exceeded_and_writes_what_is_known(tmp
     assert report["recent_norms"] == [1.0] * (20 + budget)
 
 
+@pytest.mark.faults
 def test_skips_of_more_than_a_thousand_steps_ago_do_not_count():
     guard = Guard(GuardConfig(skip_budget=1))
     assert judge(guard, 0, math.nan) == "skip"
@@ -106,6 +110,7 @@ def test_skips_of_more_than_a_thousand_steps_ago_do_not_count():
         judge(guard, 1999, math.nan)
 
 
+@pytest.mark.faults
 def test_a_full_disk_does_not_hide_why_the_run_gave_up(tmp_path):
     class Full(LocalFileSystem):
         def create(self, path):
@@ -138,6 +143,7 @@ def random_events(count, seed):
     ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", range(5))
 def test_a_guard_restored_from_json_anywhere_decides_as_one_that_never_stopped(seed):
     config, events = GuardConfig(spike_factor=4.0, skip_budget=10**6), random_events(300, seed)
@@ -175,6 +181,7 @@ def test_a_rewind_passes_over_the_batch_of_the_spike_and_counts_it_once(tmp_path
     assert guard.skipped == (25,)
 
 
+@pytest.mark.faults
 def test_a_kill_during_the_replay_forgets_no_rewind(tmp_path):
     guard = warm(Guard(REWIND, tmp_path), 25)
     stored = guard.counters()
@@ -190,6 +197,7 @@ def test_a_kill_during_the_replay_forgets_no_rewind(tmp_path):
     assert other.counters() == again.counters()
 
 
+@pytest.mark.faults
 def test_a_damaged_list_of_rewinds_is_not_taken_for_an_empty_one(tmp_path):
     assert judge(warm(Guard(REWIND, tmp_path)), 20, 100.0) == "rewind"
     path = tmp_path / REWINDS
@@ -199,6 +207,7 @@ def test_a_damaged_list_of_rewinds_is_not_taken_for_an_empty_one(tmp_path):
             Guard(REWIND, tmp_path)
 
 
+@pytest.mark.faults
 def test_rewinds_cannot_go_on_for_ever(tmp_path):
     """Every batch after the first twenty is a spike; each return goes to the checkpoint of step 20."""
     guard = warm(Guard(REWIND, tmp_path))

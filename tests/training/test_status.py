@@ -39,6 +39,7 @@ def test_a_folder_without_a_mark_is_open_and_worth_another_start(tmp_path):
     assert read_status(tmp_path).retry
 
 
+@pytest.mark.faults
 def test_a_stop_says_its_step_and_signal_and_the_next_start_takes_it_away(tmp_path):
     mark_preempted(tmp_path, 120, "SIGTERM")
     found = read_status(tmp_path)
@@ -59,6 +60,7 @@ def test_a_finished_run_needs_no_other_start(tmp_path):
 EVERY_ERROR = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SmaltiError)]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", EVERY_ERROR, ids=lambda kind: kind.__name__)
 def test_an_error_says_its_exit_code_its_one_line_and_whether_to_try_again(tmp_path, kind):
     mark_failed(tmp_path, kind("first line\n  second: line"))
@@ -76,6 +78,7 @@ def test_a_shell_can_read_the_marks(tmp_path):
     assert done.stdout == "64\n"
 
 
+@pytest.mark.faults
 def test_a_cause_stands_against_those_who_only_noticed(tmp_path):
     lost = SmaltiError("process 0 of 2 waited for another one that ended")
     mark_failed(tmp_path, lost)
@@ -98,6 +101,7 @@ def test_a_failure_inside_the_run_is_marked_and_passed_on(tmp_path):
     assert names(tmp_path) == ["PREEMPTED"]
 
 
+@pytest.mark.faults
 def test_an_error_before_the_run_has_its_folder_is_marked_where_nobody_else_runs(tmp_path):
     mark_refused(tmp_path / "missing", ConfigError("steps must be at least 1"))
     assert names(tmp_path) == []
@@ -123,6 +127,7 @@ def test_a_mark_is_written_whole_or_not_at_all(tmp_path):
     assert read_status(tmp_path).values["step"] == "1"
 
 
+@pytest.mark.faults
 def test_a_full_disk_does_not_hide_why_a_run_failed(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NumericError), marked_failures(tmp_path / "file"):
