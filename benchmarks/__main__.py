@@ -8,12 +8,14 @@ from smalti.errors import SmaltiError
 
 # Each is a module here with `main(arguments) -> exit code`.
 BENCHMARKS = {
+    "data": "samples a second of folders, tar shards and latents, beside plain Pillow decoding",
     "ema": "how long the weight average should remember, by validation loss of one short run",
     "evaluation": "moments, precision and recall, density of 50,000 images: time in floors, peak memory",
     "features": "feature networks: images per second, and their resize alone, beside the floor of their multiply-adds",
     "mixers": "every mixer alone against scaled_dot_product_attention, 256 to 16,384 tokens",
     "model": "any preset: parameters, GMACs, forward and training step in floors, peak memory",
     "ops": "every op and twin: checked against its reference, then timed, with and without gradients",
+    "overhead": "data, optimizer and average, log, checkpoints: each as a share of the training step",
     "recipe": "the demo's recipe beside what else was tried: loss after equal images",
     "seeds": "the demo's networks trained with several seeds: validation loss, its spread, and the lines beside it",
 }
