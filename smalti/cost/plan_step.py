@@ -199,7 +199,7 @@ class StepFollower(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.native_layer_norm.default:
-            result = _as_kernels_do(*result, args[2])
+            result = _as_kernels_do(result, args[2])
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
@@ -240,10 +240,11 @@ class StepFollower(TorchDispatchMode):
             self._now_gradients += self._sizes[name]
 
 
-def _as_kernels_do(output: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
+def _as_kernels_do(result: tuple[Tensor, Tensor, Tensor], weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Where inputs are bf16 and weights float32, kernels keep statistics in float32; PyTorch's fake form has bf16."""
+    output, mean, deviation = result
     if weight is None or weight.dtype == mean.dtype:
-        return output, mean, deviation
+        return result
     return output, mean.to(weight.dtype), deviation.to(weight.dtype)
 
 

@@ -142,8 +142,8 @@ def read_measured(path: Path, device: str) -> Measured:
     """The speed of a run: its folder, or a JSON file such as `{"images_per_second": 410, "device": "h100"}`.
 
     A folder's log has a speed for every stretch of steps: the plan takes the median, and the band that four of five
-    lie in; the first ones are left out. A file may also have low, high, devices, precision, activation_checkpointing,
-    peak_tflops, and network, as `to_dict` writes a backbone's config.
+    lie in, of as many processes as trained last; the first ones are left out. A file may also have low, high, devices,
+    precision, activation_checkpointing, peak_tflops, and network, as `to_dict` writes a backbone's config.
 
     Args:
         device: kind of device of a run folder, which does not know it by this name.
@@ -171,6 +171,7 @@ def _of_folder(path: Path, device: str) -> Measured:
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is no run folder: its {RESOLVED} does not name the network") from error
     lines = [line for line in read_log(path) if line.get("event") == "train" and "images_per_second" in line]
+    lines = [line for line in lines if line.get("processes") == lines[-1].get("processes")]
     speeds = sorted(line["images_per_second"] for line in lines[WARM_LINES if len(lines) > 2 * WARM_LINES else 0 :])
     if not speeds:
         raise ConfigError(f"{path / 'log.jsonl'} has no line with images_per_second: let the run take some steps first")
@@ -182,14 +183,9 @@ def _of_folder(path: Path, device: str) -> Measured:
         low=speeds[tenth] if spread else None,
         high=speeds[-1 - tenth] if spread else None,
         device=device,
-        devices=_processes(path, lines),
+        devices=lines[-1].get("processes", 1),
         precision=config.precision,
         activation_checkpointing=config.parallel.activation_checkpointing,
         network=from_dict(BackboneConfig, network, str(path / RESOLVED)),
         source=str(path),
     )
-
-
-def _processes(path: Path, lines: list[dict[str, Any]]) -> int:
-    """As the log tells; a log that says nothing is of one process."""
-    return int(lines[-1].get("world", 1))

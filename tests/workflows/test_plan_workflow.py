@@ -25,7 +25,10 @@ def write_run(folder, speeds, **settings):
     network = preset_config("dit-emoji32", depth=1, hidden_size=48, num_heads=2)
     (folder / CONFIG).write_text(yaml.safe_dump(to_dict(config)))
     (folder / RESOLVED).write_text(yaml.safe_dump({"model": to_dict(network), "data": {}}))
-    lines = [{"event": "train", "step": i, "images_per_second": speed} for i, speed in enumerate(speeds)]
+    lines = [
+        {"event": "train", "step": i, "images_per_second": speed, "processes": 1 if i < 2 else 2}
+        for i, speed in enumerate(speeds)
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return network
 
@@ -76,14 +79,14 @@ def test_nothing_to_plan_is_said():
 
 
 def test_a_run_folder_tells_its_speed_without_its_first_stretches(tmp_path):
-    network = write_run(tmp_path / "run", [1, 2, *range(100, 111)], precision="bf16")
+    network = write_run(tmp_path / "run", [1, 2, 3, 4, *range(100, 111)], precision="bf16")
     told = read_measured(tmp_path / "run", "4090")
     assert (told.low, told.images_per_second, told.high) == (101, 105, 109)
-    assert (told.network, told.device, told.precision, told.devices) == (network, "4090", "bf16", 1)
+    assert (told.network, told.device, told.precision, told.devices) == (network, "4090", "bf16", 2)
     request = plan_request("dit-emoji32", override=TINY, measured=tmp_path / "run", device="4090", batch_size=8)
     made = make_plan(request)
-    assert made.calibration == f"measured on 1 x 4090, {tmp_path / 'run'}"
-    assert made.paces[1].images_per_second == pytest.approx(105)
+    assert made.calibration == f"measured on 2 x 4090, {tmp_path / 'run'}"
+    assert made.paces[1].images_per_second == pytest.approx(105 / 2)  # on one device
     assert not made.notes
 
 
