@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smalti.data.batch import load_batch
 from smalti.data.image_set import Catalogue, ImageSet
-from smalti.data.order import SampleOrder
+from smalti.data.order import Order
 from smalti.data.pixels import read_images
 from smalti.latents import CodecFacts
 
@@ -52,7 +52,7 @@ class Examples(Protocol):
         """Whether mirrored examples can be had."""
         ...
 
-    def load(self, order: SampleOrder, positions: Sequence[int], *, flip: bool, seed: int) -> ExampleBatch:
+    def load(self, order: Order, positions: Sequence[int], *, flip: bool, seed: int) -> ExampleBatch:
         """The examples at these places of a run, each a pure function of (seed, position).
 
         Args:
@@ -94,7 +94,7 @@ class PixelExamples:
     def sample_shape(self) -> tuple[int, int, int]:
         return (3, *self.images.image_size)
 
-    def load(self, order: SampleOrder, positions: Sequence[int], *, flip: bool, seed: int) -> ExampleBatch:
+    def load(self, order: Order, positions: Sequence[int], *, flip: bool, seed: int) -> ExampleBatch:
         batch = load_batch(self.images, order, positions, flip=flip, seed=seed)
         return ExampleBatch(batch.images, batch.class_labels, batch.indices)
 

@@ -119,6 +119,12 @@ class Blocked(Protocol):
         """Whether jumping about all of it would be slow, as in a store far away."""
 
 
+def named_examples(catalogue: Catalogue, order: Order, positions: Sequence[int], *, listed: int = 5) -> str:
+    """The examples at these positions, by name, for a message: the first few, and how many there are."""
+    names = [repr(catalogue.item_names[order.at(position)[1]]) for position in positions[:listed]]
+    return f"{len(positions)} examples: {', '.join(names)}{', ...' if len(positions) > listed else ''}"
+
+
 def training_order(
     catalogue: Catalogue,
     train_indices: np.ndarray | Sequence[int],

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smalti import streams
-from smalti.data import SampleOrder
+from smalti.data import Order
 from smalti.data.examples import Examples
 from smalti.diffusion.labels import drop_labels, drop_mask
 from smalti.diffusion.levels import LevelBatch, Schedule
@@ -48,7 +48,7 @@ class BatchSource:
     """
 
     examples: Examples
-    order: SampleOrder
+    order: Order
     schedule: Schedule
     objective: ObjectiveConfig
     null_class: int | None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smalti.data import ArrayImages, SampleOrder, split
-from smalti.data.order import BlockOrder, splitmix64_of, training_order
+from smalti.data.order import BlockOrder, named_examples, splitmix64_of, training_order
 from smalti.errors import ConfigError, DataError
 from smalti.streams import SPLIT, key, splitmix64
 
@@ -292,3 +292,10 @@ def test_blocks_are_chosen_where_a_set_wants_them_or_when_asked_for():
         training_order(far, [], 0)
     plain = training_order(images, range(10), 0)
     assert [plain.at(p) for p in range(20)] == [SampleOrder(range(10), 0).at(p) for p in range(20)]
+
+
+def test_examples_are_named_for_messages_in_one_short_line():
+    images, order = image_set(NAMES), SampleOrder(range(101), 0)
+    first = [images.item_names[order.at(p)[1]] for p in range(2)]
+    assert named_examples(images, order, range(2)) == f"2 examples: {first[0]!r}, {first[1]!r}"
+    assert named_examples(images, order, range(64), listed=2) == f"64 examples: {first[0]!r}, {first[1]!r}, ..."
