@@ -90,6 +90,7 @@ def splitmix64_of(numbers: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+@runtime_checkable
 class Order(Protocol):
     """The endless sequence of training samples, with random access."""
 
