@@ -174,8 +174,15 @@ def _tried(state: TrainState, batches: BatchSource, config: RunConfig, micro_bat
             error = caught.with_traceback(None)
         _clear(state)
         if not any(world.sum(float(error is not None))):
-            return micro_batch
+            break
         micro_batch = _halved(micro_batch, error)
+    # DDP lays out anew what it exchanges after the first time, and the rounding of sums over three or more processes
+    # depends on the layout: this way every step of a run has the same one, also the first after a restart.
+    batch = batches.at(state.step * config.batch_size, 1)
+    with state.engine.micro_batch(last=True):
+        _run_micro_batch(state, batch, batches.objective, config, counts=True)
+    _clear(state)
+    return micro_batch
 
 
 def _halved(micro_batch: int, error: Exception | None) -> int:

@@ -1,5 +1,6 @@
 """Who of the processes of a run is missing, when one of them is: signs of life beside the training."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from smalti.world import World
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-BEAT = 0.5  # seconds between two signs of life
+BEAT = 0.5  # seconds between two signs of life, where steps take longer
 LOOK = 3 * BEAT  # how long to look for one
+_PAUSE = 0.02  # between two signs of quick steps
 _PATIENCE = timedelta(seconds=3)  # for the store itself, which may be gone with the process that kept it
 # What torch says when another process is gone; its classes do not cover gloo, which has plain RuntimeErrors.
 _COLLECTIVE = ("gloo", "connection", "nccl", "processgroup", "timed out", "socket", "tcpstore")
@@ -33,16 +35,15 @@ class Peers:
 
     A thread writes the signs, so that they stop when the process is killed or stopped, and go on while it waits for
     another one. A process that is stuck in its own computation still gives them; then its step tells.
-
-    Attributes:
-        step: this process's; set it as it advances.
     """
 
     def __init__(self, world: World) -> None:
         self.world, self.step = world, 0
+        self._keeper = 0  # the step of process 0, which may keep the store itself
         self._store: Store | None = None
         self._thread: threading.Thread | None = None
-        self._ended = threading.Event()
+        self._news = threading.Event()
+        self._ended = False
 
     def __enter__(self) -> "Peers":
         if self.world.store is not None:
@@ -56,9 +57,15 @@ class Peers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._ended.set()
+        self._ended = True
+        self._news.set()
         if self._thread is not None:
             self._thread.join()
+
+    def advance(self, step: int) -> None:
+        """This process has finished a step."""
+        self.step = step
+        self._news.set()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -94,7 +101,8 @@ class Peers:
             after = self._signs()
             notes = [self._note(rank) for rank in range(me.size)]
         except (RuntimeError, OSError):  # torch.distributed.DistError among them
-            return f"{head}: others are gone, and with them whoever kept the notes of the run (process 0, or torchrun)"
+            keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
+            return f"{head}: {keeper} is gone, and process 0 was last heard of at step {self._keeper}"
         others = [rank for rank in range(me.size) if rank != me.rank]
         causes = [f"process {rank} ended: {notes[rank]}" for rank in others if notes[rank]]
         lost = [
@@ -107,17 +115,22 @@ class Peers:
 
     def _beat(self) -> None:
         beats = 0
-        while True:
+        while not self._ended:
+            self._news.clear()
             beats += 1
             try:
                 self._set(f"sign/{self.world.rank}", f"{self.step} {beats}")
+                self._keeper = self._sign(0).step
             except RuntimeError:  # the store is gone, and the run with it; the training itself will say so
                 return
-            if self._ended.wait(BEAT):
-                return
+            time.sleep(_PAUSE)
+            self._news.wait(BEAT)
 
     def _signs(self) -> list[_Sign]:
-        return [_Sign(*map(int, (self._get(f"sign/{rank}") or "0 0").split())) for rank in range(self.world.size)]
+        return [self._sign(rank) for rank in range(self.world.size)]
+
+    def _sign(self, rank: int) -> _Sign:
+        return _Sign(*map(int, (self._get(f"sign/{rank}") or "0 0").split()))
 
     def _note(self, rank: int) -> str:
         return self._get(f"left/{rank}")

@@ -40,6 +40,8 @@ class Crew:
                 for name in where:
                     del os.environ[name]
             code = work(rank) or 0
+        except SystemExit as ended:
+            code = ended.code
         except BaseException:  # noqa: BLE001  (a fork must not return to the parent's code)
             traceback.print_exc()
         finally:
