@@ -8,11 +8,12 @@ STAMP := $(VENV)/.smalti-installed
 # long, the default, costs far more when something else wants the second core.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help setup demo test test-long lint gpu clean
+.PHONY: help setup demo test test-long test-faults lint gpu clean
 
 help:
 	@echo "make demo   train the four backbones on the shipped emoji (under 20 minutes on 2 cores), and a page that compares them"
 	@echo "make test   run the tests (some minutes); make test-long runs the long ones that it leaves out"
+	@echo "make test-faults   the failure table of docs/reliability.md at full count (at most 15 minutes on 2 cores)"
 	@echo "make lint   layering, style and types"
 	@echo "make gpu    CUDA tests and benchmarks; says so and stops where there is no GPU"
 	@echo "make clean  remove the virtual environment (runs stay)"
@@ -35,6 +36,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m long
+
+# What shares one run of several processes stays together; all else goes to whichever core is free.
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m faults --full-faults
 
 lint: $(STAMP)
 	$(BIN)/lint-imports
