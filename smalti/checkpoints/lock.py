@@ -87,7 +87,7 @@ class RunLock:
         if holder is not None and is_dead(_process(holder).token) is None and not self.steal:
             raise RunLockedError(
                 f"run folder {self.folder} was left locked by {_describe(holder)}, which cannot be asked from here; "
-                "if that run is over, start this one with steal"
+                "if that run is over, start this one with --steal"
             )
         me = asdict(Process.current()) | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(descriptor, 0)
