@@ -45,7 +45,7 @@ def test_a_stale_lock_of_this_machine_is_taken_over(tmp_path, changes):
 @pytest.mark.faults
 def test_a_lock_left_by_another_machine_is_taken_only_on_request(tmp_path):
     left_behind(tmp_path, host="elsewhere", boot_id="another")
-    with pytest.raises(RunLockedError, match=r"left locked by process .* on elsewhere .* steal"):
+    with pytest.raises(RunLockedError, match=r"left locked by process .* on elsewhere .* --steal"):
         RunLock(tmp_path).__enter__()
     with RunLock(tmp_path, steal=True):
         pass
