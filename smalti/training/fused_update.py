@@ -75,7 +75,7 @@ def _work(optimizer: torch.optim.AdamW, ema: EMA, model: nn.Module, number: int)
             state = optimizer.state.get(weight)
             if not state:
                 return "a parameter has no moments yet; torch's own first step makes them"
-            average = averages.pop(weight, None)
+            _, average = averages.pop(id(weight), (None, None))
             if average is None or not weight.requires_grad:
                 return "the optimizer has a parameter that the network does not train"
             rows.append([weight, weight.grad, state["exp_avg"], state["exp_avg_sq"], average, state["step"]])
@@ -98,18 +98,19 @@ def _work(optimizer: torch.optim.AdamW, ema: EMA, model: nn.Module, number: int)
             average=work.average,
         )
         work.steps.append((operands, rates))
-    for weight, average in averages.items():
+    for weight, average in averages.values():
         (work.without_gradient if weight.requires_grad else work.copies).append((average, weight))
     work.copies += buffers
     return work
 
 
-def _pairs(model: nn.Module, copied: nn.Module) -> tuple[dict[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
-    """The average of each parameter, and the buffers of the copy with those of the network.
+def _pairs(model: nn.Module, copied: nn.Module) -> tuple[dict[int, tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Each parameter with its average, by `id`, and the buffers of the copy with those of the network.
 
-    Not by `parameters()` and `buffers()`: four such walks take as long as the step of a million weights.
+    Not by `parameters()` and `buffers()`: four such walks take as long as the step of a million weights. Nor by the
+    tensors themselves, whose hash is a function in Python.
     """
-    averages: dict[Tensor, Tensor] = {}
+    averages: dict[int, tuple[Tensor, Tensor]] = {}
     buffers: list[tuple[Tensor, Tensor]] = []
     todo: list[tuple[nn.Module | None, nn.Module | None]] = [(model, copied)]
     while todo:
@@ -119,7 +120,7 @@ def _pairs(model: nn.Module, copied: nn.Module) -> tuple[dict[Tensor, Tensor], l
         for name, weight in own._parameters.items():
             average = other._parameters[name]
             if weight is not None and average is not None:
-                averages[weight] = average
+                averages[id(weight)] = weight, average
         for name, buffer in own._buffers.items():
             copy = other._buffers[name]
             if buffer is not None and copy is not None:
