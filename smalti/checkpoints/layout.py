@@ -1,5 +1,6 @@
 """What a checkpoint folder holds, what it is called, and how to know that it is whole."""
 
+import errno
 import hashlib
 import json
 import re
@@ -39,12 +40,15 @@ def nonce() -> str:
     return f"{Process.current().token}-{secrets.token_hex(4)}"
 
 
-def verify_folder(path: Path, *, share: World | None = None, late: bool = False) -> dict[str, Any]:
+def verify_folder(
+    path: Path, *, share: World | None = None, late: bool = False, digest: str | None = None
+) -> dict[str, Any]:
     """The manifest of a checkpoint folder whose files are as it says.
 
     Args:
         share: of several processes each reads a part of the large files.
         late: another machine has just seen it, so that what is missing here is only late.
+        digest: sha256 that the manifest has; what has another one is an older checkpoint that still shows.
 
     Raises:
         CheckpointError: something is missing or changed.
@@ -54,7 +58,14 @@ def verify_folder(path: Path, *, share: World | None = None, late: bool = False)
     where = path / MANIFEST
     if not late and not where.exists():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is not a whole checkpoint")
-    data = patiently(where.read_bytes, late=late)
+
+    def read() -> bytes:
+        data = where.read_bytes()
+        if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+            raise FileNotFoundError(errno.ENOENT, "is not the manifest that was written", str(where))
+        return data
+
+    data = patiently(read, late=late)
     manifest = unseal(data, str(where))
     check_format(manifest, FORMAT, VERSION, str(where))
     files = {name: FileRecord(**record) for name, record in manifest["files"].items()}

@@ -11,21 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from smalti.storage.filesystem import FileSystem, Writer
+from smalti.storage.filesystem import FileSystem, Writer, remove_tree
 
 PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks
 
 T = TypeVar("T")
 
 
-def patiently(do: Callable[[], T], *, late: bool = True, pauses: tuple[float, ...] = PAUSES) -> T:
+def patiently(do: Callable[[], T], *, late: bool = True) -> T:
     """Do what may fail for a while.
 
     Args:
         do: may raise ESTALE.
         late: what it needs is known to be there, so that "no such file" means not yet.
     """
-    for pause in pauses:
+    for pause in PAUSES:
         try:
             return do()
         except OSError as error:
@@ -33,6 +33,11 @@ def patiently(do: Callable[[], T], *, late: bool = True, pauses: tuple[float, ..
                 raise
             time.sleep(pause)
     return do()
+
+
+def clear_tree(fs: FileSystem, folder: Path) -> None:
+    """`remove_tree`, of a folder whose listing may be out of date."""
+    patiently(lambda: remove_tree(fs, folder), late=False)
 
 
 class PatientFileSystem:

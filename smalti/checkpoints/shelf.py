@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smalti.checkpoints.layout import ASIDE, DELETED, LATEST, MANIFEST, STEP, UNFINISHED, name_of, verify_folder
-from smalti.checkpoints.patience import patiently
+from smalti.checkpoints.patience import clear_tree, patiently
 from smalti.errors import CheckpointError, RunLockedError
-from smalti.storage.filesystem import FileSystem, remove_tree, write_file
+from smalti.storage.filesystem import FileSystem, write_file
 from smalti.storage.process import Process, is_dead
 from smalti.storage.sealed import unseal
 
@@ -104,7 +104,7 @@ class Shelf:
             mark = (stat.st_mtime_ns, stat.st_ino)
             known = self._facts.get(step)
             if known is None or known[0] != mark:
-                manifest = unseal(path.read_bytes(), str(path))
+                manifest = unseal(patiently(path.read_bytes, late=False), str(path))
                 known = self._facts[step] = (mark, Facts(manifest.get("run_id"), manifest.get("score")))
         except (CheckpointError, OSError):
             return Facts(None, None)
@@ -145,13 +145,14 @@ class Shelf:
         graves = []
         for folder in folders:
             grave = self.folder / f".tmp-del-{folder.name.lstrip('.')}-{secrets.token_hex(4)}"
-            self.fs.rename(folder, grave)
-            graves.append(grave)
+            with contextlib.suppress(FileNotFoundError):  # gone already, though a network folder still shows it
+                self.fs.rename(folder, grave)
+                graves.append(grave)
         if graves:
             # Else a power cut could bring back the name of a checkpoint without its files.
             self.fs.sync_folder(self.folder)
         for grave in graves:
-            remove_tree(self.fs, grave)
+            clear_tree(self.fs, grave)
 
     def write_hint(self, step: int) -> None:
         """LATEST is for people and scripts; no reader here trusts it."""
@@ -166,9 +167,9 @@ class Shelf:
             path = self.folder / name
             if DELETED.fullmatch(name):
                 with contextlib.suppress(FileNotFoundError):  # another process may sweep as well
-                    remove_tree(self.fs, path) if path.is_dir() else self.fs.remove_file(path)
+                    clear_tree(self.fs, path) if path.is_dir() else self.fs.remove_file(path)
             elif (match := UNFINISHED.fullmatch(name)) and self._is_dead(match["writer"]):
-                remove_tree(self.fs, path)
+                clear_tree(self.fs, path)
             elif (match := ASIDE.fullmatch(name)) and self._is_dead(match["writer"]):
                 self._settle(path, self.folder / name_of(int(match["step"])))
 

@@ -10,6 +10,7 @@ of that is taken together (see `Together`), so a failure of one of them is known
 """
 
 import contextlib
+import errno
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from smalti.checkpoints.layout import (
     verify_folder,
 )
 from smalti.checkpoints.mirror import Mirror
-from smalti.checkpoints.patience import PatientFileSystem
+from smalti.checkpoints.patience import PatientFileSystem, clear_tree
 from smalti.checkpoints.saving import Saving
 from smalti.checkpoints.shards import Groups, Index, StoredCheckpoint, index_of, merge
 from smalti.checkpoints.shelf import Keep, Shelf
@@ -38,7 +39,6 @@ from smalti.storage.filesystem import (
     FileSystem,
     LocalFileSystem,
     make_folders,
-    remove_tree,
     require_space,
     storage_errors,
     write_file,
@@ -146,17 +146,17 @@ class CheckpointStore:
             now = saving
             final = self.folder / name_of(step)
             try:
-                verifies = together.step(
+                digest = together.step(
                     lambda: now.write_own(temporary),
                     lambda answers: self._commit(now, temporary, index, answers, needed),
                 )
             except BaseException:
                 if self.world.rank == 0:
                     with contextlib.suppress(OSError):  # the next sweep clears what stays
-                        remove_tree(self.fs, temporary)
+                        clear_tree(self.fs, temporary)
                 raise
             together.step(
-                lambda: self._verify_new(now, final, needed) if verifies else None,
+                lambda: self._verify_new(now, final, digest, needed) if digest else None,
                 lambda answers: self._tidy(now, needed),
             )
         return final
@@ -265,11 +265,11 @@ class CheckpointStore:
 
     def _commit(
         self, saving: Saving, temporary: Path, index: Index, answers: list[Mapping[str, Any]], needed: int
-    ) -> bool:
+    ) -> str:
         """Everything is written: make it the checkpoint of its step.
 
         Returns:
-            Whether something is to be deleted, for which the new one must be seen to be whole.
+            The manifest's sha256 if something is to be deleted, for which the new one must be seen to be whole.
         """
         fs, final = self.fs, self.folder / name_of(saving.step)
         aside = self.folder / temporary.name.replace(".tmp-", ".old-", 1)
@@ -288,11 +288,18 @@ class CheckpointStore:
                     "processes": self.world.size,
                     "files": dict(sorted(files.items())),
                 }
-                write_file(fs, temporary / MANIFEST, [seal(manifest)])
+                written = write_file(fs, temporary / MANIFEST, [seal(manifest)])
                 fs.sync_folder(temporary)
                 if final.exists():
                     fs.rename(final, aside)
-                fs.rename(temporary, final)
+                try:
+                    fs.rename(temporary, final)
+                except OSError as error:
+                    # On a network, a folder of that name may not show yet. One that did show is aside by now.
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or aside.exists():
+                        raise
+                    fs.rename(final, aside)
+                    fs.rename(temporary, final)
                 fs.sync_folder(self.folder)
             except BaseException:
                 # Best effort: what stays is settled by the next sweep, and readers know the name `.old-` too.
@@ -301,12 +308,12 @@ class CheckpointStore:
                         fs.rename(aside, final)
                 raise
         with saving.tidy_errors(needed):
-            return bool(self._victims(saving.step))
+            return written.sha256 if self._victims(saving.step) else ""
 
-    def _verify_new(self, saving: Saving, final: Path, needed: int) -> None:
+    def _verify_new(self, saving: Saving, final: Path, digest: str, needed: int) -> None:
         with saving.tidy_errors(needed):
             try:
-                verify_folder(final, share=self.world, late=True)
+                verify_folder(final, share=self.world, late=True, digest=digest)
             except (CheckpointError, FileNotFoundError) as error:
                 raise StorageError(
                     f"{error}. It was just written, so the disk does not keep what it is given; no older checkpoint "
