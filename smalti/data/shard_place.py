@@ -29,6 +29,12 @@ def is_shards(spec: str | Path) -> bool:
     return ".tar" in suffixes and not suffixes & IMAGE_SUFFIXES and not any((folder / name).is_dir() for name in names)
 
 
+def names_all(spec: str | Path) -> bool:
+    """Whether this names a place with all shards in it, and not some of them."""
+    head = str(spec).partition("?")[0] if is_url(spec) else str(spec)
+    return not head.endswith(".tar") or (not is_url(head) and Path(head).is_dir())
+
+
 def find_shards(spec: str | Path) -> tuple[ByteStore, tuple[str, ...]]:
     """The store and the names of the shards in it, in order.
 
@@ -41,7 +47,7 @@ def find_shards(spec: str | Path) -> tuple[ByteStore, tuple[str, ...]]:
     head, mark, query = text.partition("?") if is_url(text) else (text, "", "")
     if head.endswith(_COMPRESSED):
         raise DataError(f"{head}: compressed shards cannot be read by place; unpack them to .tar")
-    if not head.endswith(".tar") or (not is_url(head) and Path(head).is_dir()):
+    if names_all(text):
         store = open_store(text)
         found = [name for name in store.names() if name.endswith(".tar") and "/" not in name and name[0] != "."]
         if not found:

@@ -29,8 +29,9 @@ from smalti.data.folder_pass import RejectedFile, refuse_case_twins
 from smalti.data.image_set import merge_twins
 from smalti.data.index_file import PackedNames, cache_folder, parse_index, read_index, write_index
 from smalti.data.shard_index import FOLDER, NAME, NUMBER, ShardIndex, index_shard, key_of, restored, stored
-from smalti.data.shard_place import find_shards
-from smalti.errors import DataError, SmaltiError
+from smalti.data.shard_manifest import check_manifest
+from smalti.data.shard_place import find_shards, names_all
+from smalti.errors import DataError, SmaltiError, StorageError
 from smalti.storage.objects import ByteStore, LocalStore, MissingObjectError
 
 BLOCK = 1024
@@ -135,7 +136,7 @@ def load_shards(
         progress: called with (shards done, shards found).
     """
     store, names = find_shards(spec)
-    shards = index_shards(store, names, progress=progress)
+    shards = index_shards(store, names, whole=names_all(spec), progress=progress)
     where = store.place
     count = sum(map(len, shards))
     refuse_unusable(where, unusable(shards), count, skip_unreadable)
@@ -167,6 +168,7 @@ def index_shards(
     store: ByteStore,
     names: Sequence[str],
     *,
+    whole: bool = False,
     beside: bool = False,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -176,12 +178,13 @@ def index_shards(
     Each index is stored as soon as its shard is done, so that a pass which was stopped goes on where it was.
 
     Args:
+        whole: these are all shards of the place; a manifest (`index.json`) may list no other ones.
         beside: store the indices beside the shards too, in `.smalti-index`, for whoever reads them next.
         processes: that look at shards at the same time; None = one for each core, at most 8.
 
     Raises:
         DamagedTarError: a shard is cut off or damaged.
-        DataError: a shard is missing, or an example is spread over two shards.
+        DataError: a shard is missing or not what the manifest says, or an example is spread over two shards.
         StorageError: the store cannot be reached, or an index cannot be stored.
     """
     if beside and not isinstance(store, LocalStore):
@@ -200,6 +203,7 @@ def index_shards(
     if beside:
         for index in shards:
             write_index(Path(store.place) / BESIDE / f"{index.shard}.index", stored(index))
+    check_manifest(store, shards, whole=whole)
     _refuse_spread(store, shards)
     return shards
 
@@ -218,7 +222,8 @@ def _known(store: ByteStore, name: str) -> ShardIndex | None:
         return index if index.version == store.version(name) else None
     try:
         beside = parse_index(store.read(f"{BESIDE}/{name}.index"))
-    except MissingObjectError:
+    except (MissingObjectError, StorageError):
+        # Some stores forbid what is not there. Where nothing at all can be read, the pass will say so.
         return None
     index = restored(beside, name) if beside else None
     # Copied with its shard, whose time is another now; what is read later must still have its checksum.

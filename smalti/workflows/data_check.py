@@ -16,7 +16,7 @@ from smalti.data.image_set import ImageSet
 from smalti.data.latent_set import LatentSet, is_latents, open_latents
 from smalti.data.sets import BUILT_IN, load_image_set
 from smalti.data.shard_index import ShardIndex
-from smalti.data.shard_place import find_shards, is_shards
+from smalti.data.shard_place import find_shards, is_shards, names_all
 from smalti.data.shards import classes, index_shards, unusable
 
 Progress = Callable[[int, int], None]
@@ -64,7 +64,9 @@ def check(
         return CheckReport("\n".join([*_latent_lines(latents), *damaged]), not damaged)
     if is_shards(spec):
         store, names = find_shards(spec)
-        shards = index_shards(store, names, beside=beside, processes=processes, progress=progress)
+        shards = index_shards(
+            store, names, whole=names_all(spec), beside=beside, processes=processes, progress=progress
+        )
         return CheckReport(_describe_shards(store.place, shards, listed), any(map(len, shards)))
     index = index_folder(folder, known=read_known(folder), progress=progress)
     text = describe_index(index, listed=listed)

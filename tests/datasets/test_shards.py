@@ -236,6 +236,37 @@ def test_images_that_cannot_be_read_are_listed_and_can_be_left_out(shards):
         load_image_set(tar(shards / "only.tar", [("readme.txt", b"x")]))
 
 
+@pytest.mark.faults
+def test_shards_are_held_against_the_list_of_them(shards):
+    def promise(**changes):
+        rows = [
+            {"url": p.name, "filesize": p.stat().st_size, "nsamples": 6} for p in sorted(shards.glob("train-*.tar"))
+        ]
+        rows[1] |= changes
+        (shards / "index.json").write_text(json.dumps({"wids_version": 1, "shardlist": rows}))
+
+    promise()
+    assert len(load_image_set(shards)) == 12
+    assert len(load_image_set(f"{shards}/train-000000.tar")) == 6, "a part was asked for"
+    promise(nsamples=7)
+    with pytest.raises(DataError, match=r"'train-000001.tar' has 6 images, index.json says 7"):
+        load_image_set(shards)
+    promise(filesize=5)
+    with pytest.raises(DataError, match=r"'train-000001.tar' has [\d,]+ bytes, index.json says 5; copy it again"):
+        load_image_set(shards)
+    promise(url="elsewhere/train-000009.tar")
+    with pytest.raises(DataError, match=r"1 of 2 shards that index.json lists are missing, such as 'train-000009.tar'"):
+        load_image_set(shards)
+    promise(nsamples="many")
+    with pytest.raises(DataError, match="expected url, filesize and nsamples"):
+        load_image_set(shards)
+    (shards / "index.json").write_text("{")
+    with pytest.raises(DataError, match="is no JSON"):
+        load_image_set(shards)
+    (shards / "index.json").write_text('{"of": "something else"}')
+    assert len(load_image_set(shards)) == 12
+
+
 # Hostile and damaged files
 
 
