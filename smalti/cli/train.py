@@ -7,6 +7,7 @@ import tyro
 
 from smalti.errors import PreemptedError
 from smalti.training.config import RunConfig
+from smalti.workflows.dry_run import dry_run
 from smalti.workflows.recipes import load_settings
 from smalti.workflows.train import train
 from smalti.world import World
@@ -23,15 +24,22 @@ class Train:
     """
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Try everything but the time: data, memory, run folder, two steps and a checkpoint; --out stays as it is."""
+    steal: bool = False
+    """Take over a run folder that another machine left locked; only when its run is known to be over."""
 
     @classmethod
     def from_file(cls, path: str) -> "Train":
         return cls(load_settings(path))
 
     def run(self) -> None:
+        if self.dry_run:
+            dry_run(self.config, lambda line: print(line, flush=True), steal=self.steal)
+            return
         first = World.launched().rank == 0
         try:
-            result = train(self.config)
+            result = train(self.config, steal=self.steal)
         except PreemptedError as error:
             if first:
                 raise

@@ -30,7 +30,16 @@ def load_config(path: Path) -> RunConfig:
 
 
 def settle_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig) -> list[str]:
-    """Refuse to continue another run; then write down what this one is.
+    """As `check_config`; then write down what this run is."""
+    changed = check_config(config, catalogue)
+    resolved = {"model": to_dict(model), "data": {"name": catalogue.name, "fingerprint": catalogue.fingerprint}}
+    for name, content in ((CONFIG, to_dict(config)), (RESOLVED, resolved)):
+        write_text(config.out / name, yaml.safe_dump(content, sort_keys=False))
+    return changed
+
+
+def check_config(config: RunConfig, catalogue: Catalogue) -> list[str]:
+    """Refuse to continue another run; nothing is written.
 
     Returns:
         Settings that differ from those of the last start but do not make another run, as "name: before -> now".
@@ -48,13 +57,10 @@ def settle_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig
         ]
         if other:
             raise ConfigError(f"{config.out} holds another run ({'; '.join(other)}); choose another --out")
-    resolved = {"model": to_dict(model), "data": {"name": catalogue.name, "fingerprint": catalogue.fingerprint}}
     if identity.exists() and yaml.safe_load(identity.read_text())["data"]["fingerprint"] != catalogue.fingerprint:
         raise CheckpointError(
             f"{config.out} was trained on other examples than {config.data.path} holds now; choose another --out"
         )
-    for target, content in ((path, to_dict(config)), (identity, resolved)):
-        write_text(target, yaml.safe_dump(content, sort_keys=False))
     return [f"{name}: {text}" for name, text in changed.items()]
 
 

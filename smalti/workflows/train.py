@@ -18,12 +18,15 @@ from smalti.checkpoints import CheckpointStore, save_model
 from smalti.checkpoints.saver import AsyncSaver
 from smalti.checkpoints.together import Together
 from smalti.config import to_dict
-from smalti.data import SampleOrder, Split, load_image_set, split, to_uint8
-from smalti.data.examples import Examples, PixelExamples
+from smalti.data import Split, split, to_uint8
+from smalti.data.examples import Examples
 from smalti.data.image_set import Catalogue
+from smalti.data.open_examples import load_examples
+from smalti.data.order import training_order
 from smalti.diffusion.levels import Schedule, build_schedule
 from smalti.errors import ConfigError, PreemptedError
 from smalti.evaluation.metric import Estimate
+from smalti.latents import Codec, PixelCodec, codec_of, decode_batches
 from smalti.models import BackboneConfig, build_backbone, config_of
 from smalti.presets import parse_overrides, preset_config
 from smalti.report.images import save_grid
@@ -75,6 +78,7 @@ class Run:
     config: RunConfig
     device: torch.device
     examples: Examples
+    codec: Codec
     split: Split
     schedule: Schedule
     batches: BatchSource
@@ -105,12 +109,15 @@ def model_config(config: RunConfig, examples: Examples) -> BackboneConfig:
     return preset_config(config.model, **(fitted | wanted))
 
 
-def train(config: RunConfig, *, on_step: Callable[[StepReport], None] | None = None) -> TrainResult:
+def train(
+    config: RunConfig, *, steal: bool = False, on_step: Callable[[StepReport], None] | None = None
+) -> TrainResult:
     """Train, or continue what the run folder holds; nothing is lost whenever this is stopped.
 
     Of several processes, each calls this; the first one writes and reports.
 
     Args:
+        steal: take over a run folder that another machine left locked; only when its run is known to be over.
         on_step: told of every finished step.
 
     Raises:
@@ -122,7 +129,7 @@ def train(config: RunConfig, *, on_step: Callable[[StepReport], None] | None = N
     patience = timedelta(minutes=config.parallel.timeout_minutes)
     with world(device, patience) as me, Peers(me) as peers, peers.watched():
         run, model = prepare_run(config, me)
-        with locked(config.out, me):
+        with locked(config.out, me, steal=steal):
             changed = settle(config, run.catalogue, model, me)
             return _run(run, model, changed, peers, on_step)
 
@@ -137,22 +144,33 @@ def prepare_run(config: RunConfig, me: World | None = None) -> tuple[Run, Backbo
     device = me.device(resolve_device(config.device))
     if config.parallel.compile and config.stochastic_depth:
         raise ConfigError("compiled blocks do not see the hooks of stochastic_depth: set it to 0, or leave compile out")
-    images = load_image_set(config.data.path, config.data.image_size, skip_unreadable=config.data.skip_unreadable)
-    examples = PixelExamples(images)
+    data = config.data
+    examples = load_examples(data.path, data.image_size, posterior=data.posterior, skip_unreadable=data.skip_unreadable)
+    if data.flip and not examples.can_flip:
+        raise ConfigError(
+            f"data.flip: {data.path} was encoded without mirrored images; encode it again with --flips stored"
+        )
+    catalogue = examples.catalogue
     model = model_config(config, examples)
-    conditional = bool(images.class_names) and model.num_classes > 0  # num_classes=0 trains without the labels
+    conditional = bool(catalogue.class_names) and model.num_classes > 0  # num_classes=0 trains without the labels
     if conditional and config.objective.label_dropout and not model.null_class:
         raise ConfigError("label_dropout hides labels behind the null class: set null_class=true or label_dropout 0")
-    if not images.class_names and model.num_classes:
-        raise ConfigError(f"num_classes is {model.num_classes}, but {images.name} has no classes: set num_classes=0")
-    if conditional and model.num_classes < len(images.class_names):
+    if not catalogue.class_names and model.num_classes:
+        raise ConfigError(f"num_classes is {model.num_classes}, but {catalogue.name} has no classes: set num_classes=0")
+    if conditional and model.num_classes < len(catalogue.class_names):
         raise ConfigError(
-            f"num_classes {model.num_classes} is less than the {len(images.class_names)} classes of the data"
+            f"num_classes {model.num_classes} is less than the {len(catalogue.class_names)} classes of the data"
         )
-    parts = split(images, config.data.validation_fraction, config.seed)
+    parts = split(catalogue, data.validation_fraction, config.seed)
     schedule = build_schedule(config.objective.schedule, config.objective.num_train_timesteps)
-    labels = images.class_labels if images.class_names else None
-    order = SampleOrder(parts.train, config.seed, class_balanced=config.data.class_balanced, class_labels=labels)
+    order = training_order(
+        catalogue,
+        parts.train,
+        config.seed,
+        class_balanced=data.class_balanced,
+        shuffle=data.shuffle,
+        window=data.shuffle_window,
+    )
     batches = BatchSource(
         examples=examples,
         order=order,
@@ -161,14 +179,16 @@ def prepare_run(config: RunConfig, me: World | None = None) -> tuple[Run, Backbo
         conditional=conditional,
         label_tables=model.label_tables,
         null_class=model.num_classes if conditional and model.null_class else None,
-        flip=config.data.flip,
+        flip=data.flip,
         seed=config.seed,
     )
     held_out = parts.validation.tolist()
     triples = make_triples(examples, held_out, schedule, config.seed, conditional=conditional) if held_out else None
-    quality = prepare_quality(config.quality, images, parts.train, config.seed, device)
+    # Opened before the first step, so that it is not found missing at the first picture.
+    codec = codec_of(examples.codec, device=device) if config.sample_every or config.quality.every else PixelCodec()
+    quality = prepare_quality(config.quality, examples, codec, parts.train, config.seed, device)
     parallel = Parallel.prepare(config.parallel, me, device, config.precision)
-    return Run(config, device, examples, parts, schedule, batches, triples, quality, parallel), model
+    return Run(config, device, examples, codec, parts, schedule, batches, triples, quality, parallel), model
 
 
 def new_state(run: Run, model: BackboneConfig) -> TrainState:
@@ -314,6 +334,7 @@ def model_extra(run: Run, step: int) -> dict[str, Any]:
     return {
         "objective": to_dict(run.config.objective),
         "class_names": list(run.catalogue.class_names) if run.batches.conditional else [],
+        "codec": to_dict(run.examples.codec),
         "value_range": [-1, 1],
         "trained": {"data": run.config.data.path, "fingerprint": run.catalogue.fingerprint, "steps": step},
     }
@@ -344,7 +365,7 @@ def _quality_values(found: Mapping[str, Estimate]) -> dict[str, float]:
 
 
 def _draw(run: Run, model: nn.Module, seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[Tensor]:
-    """Samples as `preview` says, (B, 3, H, W) pieces on the CPU."""
+    """Samples as `preview` says, decoded, (B, 3, H, W) pieces on the CPU."""
     batches = sample_latents(
         model,
         seeds=seeds,
@@ -359,7 +380,7 @@ def _draw(run: Run, model: nn.Module, seeds: Sequence[int], labels: Sequence[int
         device=run.device,
         autocast=autocast_dtype(run.config.precision),
     )
-    return (batch.latents.cpu() for batch in batches)
+    return decode_batches(run.codec, (batch.latents for batch in batches))
 
 
 def _validate(run: Run, state: TrainState) -> StrataLoss:

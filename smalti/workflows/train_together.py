@@ -26,12 +26,12 @@ MICRO_BATCH = "micro_batch.json"
 
 
 @contextmanager
-def locked(folder: Path, me: World) -> Iterator[None]:
-    """The first process holds the run folder for all; if it cannot, all hear why."""
+def locked(folder: Path, me: World, *, steal: bool = False) -> Iterator[None]:
+    """The first process holds the run folder for all; if it cannot, all hear why. `steal` is as of `RunLock`."""
     with ExitStack() as held:
 
         def take(_: object) -> None:
-            held.enter_context(RunLock(folder))
+            held.enter_context(RunLock(folder, steal=steal))
 
         Together(me).step(lambda: None, take)
         yield
