@@ -1,11 +1,13 @@
 """Every format that was ever released stays readable, to the bit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from smalti.checkpoints import CheckpointStore
+from smalti.checkpoints.layout import VERSION
 
 STORED = Path(__file__).parents[1] / "data" / "checkpoints"
 
@@ -47,9 +49,17 @@ def test_a_stored_format_reads_as_it_was_written(version):
 
 
 @pytest.mark.faults
-def test_version_1_has_no_run_and_a_run_with_a_name_goes_on_from_it(tmp_path):
-    import shutil
+def test_the_newest_format_is_among_the_stored_ones_and_tells_whose_it_is():
+    assert {path.name for path in STORED.glob("version-*")} == {f"version-{k}" for k in range(1, VERSION + 1)}
+    found = CheckpointStore(STORED / "version-2").load(7)
+    assert (found.run_id, found.score) == ("a run", 0.5)
+    assert {part.file for part in found._index["model"]["w"].slices} == {
+        "model.rank-0000.safetensors",
+        "model.rank-0001.safetensors",
+    }
 
+
+def test_version_1_has_no_run_and_a_run_with_a_name_goes_on_from_it(tmp_path):
     shutil.copytree(STORED / "version-1", tmp_path / "run")
     store = CheckpointStore(tmp_path / "run", keep_last=1, run_id="a")
     found = store.load_newest(never)
