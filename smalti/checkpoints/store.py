@@ -92,6 +92,11 @@ class CheckpointStore:
         self._turn = threading.Lock()  # a second save waits for the first
         self._shelf = Shelf(self.folder, self.fs, sole_writer=sole_writer, run_id=run_id)
 
+    def name_run(self, run_id: str | None) -> None:
+        """Whose checkpoints are written from now on; see `run_id`. What others have here by now was here before."""
+        self.run_id = self._shelf.run_id = run_id
+        self._shelf.look()
+
     def save(
         self,
         step: int,

@@ -86,3 +86,17 @@ def test_older_checkpoints_of_another_run_stay(tmp_path, save):
     for step in (2, 3, 4):
         save(step, "b", keep_last=1)
     assert CheckpointStore(tmp_path).steps() == [1, 4]
+
+
+def test_a_run_may_take_its_name_from_what_it_goes_on_from(tmp_path, save, faults):
+    save(1, "a")
+    save(2, "b", keep_last=9)
+    store = CheckpointStore(tmp_path, keep_last=1, fs=faults.QuickFileSystem())
+    store.name_run(store.load_newest(never).run_id)
+    save(3, store=store)
+    assert store.steps() == [1, 3]
+    assert store.load(3).run_id == "b"
+    elsewhere = CheckpointStore(tmp_path / "elsewhere", run_id="c")
+    save(2, store=elsewhere).rename(tmp_path / "step-0000000002")
+    with pytest.raises(RunLockedError, match="of run c"):
+        save(4, store=store)
