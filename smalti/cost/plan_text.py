@@ -65,19 +65,15 @@ def _policy(r: PlanRequest) -> str:
 
 def _memory(plan: "Plan") -> Iterator[str]:
     most, least, r = plan.state.most, plan.state.least, plan.request
-    yield "memory of one process, GiB" + ("" if most == least else "         most     least")
-    rows = [("weights", most.weights, least.weights), ("Adam's moments", most.moments, least.moments)]
-    rows += [("average (EMA)", most.average, least.average), ("gradients", most.gradients, least.gradients)]
-    for name in ("gathered", "reduced", "optimizer"):
-        value = getattr(most, name)
-        if value:
-            rows.append((_WORDS[name], value, getattr(least, name)))
+    rows = [(word, getattr(most, name), getattr(least, name)) for name, word in _WORDS.items() if getattr(most, name)]
     activations = plan.memory.peak if r.shards == 1 else plan.memory.peak_without_copies
     rows.append(("activations", activations, activations))
-    yield from _table([(n, _gib(a), "" if most == least else _gib(b)) for n, a, b in rows], right=True)
+    cells = [[word, _gib(one), *([] if most == least else [_gib(other)])] for word, one, other in rows]
+    head = ["memory of a process", "GiB"] if most == least else ["memory of a process", "most GiB", "least GiB"]
+    yield from _table([head, *cells], right=True)
     fit = plan.fit
     yield (
-        f"  worst moment {_gib(fit.peak).strip()} of {_gib(fit.memory).strip()} GiB ({fit.peak / fit.memory:.0%}). "
+        f"  worst moment {_gib(fit.peak)} of {_gib(fit.memory)} GiB ({fit.peak / fit.memory:.0%}). "
         f"Fits: {fit.verdict}; largest micro-batch that fits: {fit.largest_micro_batch or 'none'}"
         + (" (all of a process's share)" if fit.largest_micro_batch == r.local_batch else "")
     )
@@ -86,6 +82,10 @@ def _memory(plan: "Plan") -> Iterator[str]:
 
 
 _WORDS = {
+    "weights": "weights",
+    "moments": "Adam's moments",
+    "average": "average (EMA)",
+    "gradients": "gradients",
     "gathered": "gathered weights",
     "reduced": "gradients of a block",
     "optimizer": "room for the update",
@@ -104,23 +104,13 @@ def _communication(plan: "Plan") -> Iterator[str]:
 
 def _time(plan: "Plan") -> Iterator[str]:
     yield f"time of the run, utilisation {plan.calibration}"
-    rows: list[tuple[str, ...]] = [("of the peak", "a step", "images/s", "run", "device hours", "cost", "")]
+    priced = plan.request.price_per_hour is not None
+    rows = [["of the peak", "a step", "images/s", "run", "device hours", *(["cost"] if priced else []), "slowest"]]
     for p in plan.paces:
-        waits = "communication takes longer than computing" if p.bound == "communication" else ""
-        cost = "" if p.cost is None else f"{p.cost:,.0f}"
-        rows.append(
-            (
-                f"{p.utilisation:.1%}",
-                _seconds(p.step_seconds),
-                f"{p.images_per_second:,.5g}",
-                _hours(p.hours),
-                f"{p.device_hours:,.4g}",
-                cost,
-                waits,
-            )
-        )
-    if plan.request.price_per_hour is None:
-        rows = [(*row[:5], *row[6:]) for row in rows]
+        cost = [] if p.cost is None else [_money(p.cost)]
+        hours = f"{p.device_hours:,.4g}"
+        speed = f"{p.images_per_second:,.{0 if p.images_per_second >= 1000 else 2}f}"
+        rows.append([f"{p.utilisation:.1%}", _seconds(p.step_seconds), speed, _hours(p.hours), hours, *cost, p.bound])
     yield from _table(rows, right=True)
 
 
@@ -139,7 +129,11 @@ def _samples(plan: "Plan") -> Iterator[str]:
     r = plan.request
     guided = f"guidance {r.guidance_scale:g}" if r.guidance_scale != 1 else "no guidance"
     hours = " / ".join(f"{s.device_hours:,.4g}" for s in plan.sampling)
-    cost = "" if r.price_per_hour is None else ", cost " + " / ".join(f"{s.cost:,.0f}" for s in plan.sampling)
+    cost = (
+        ""
+        if r.price_per_hour is None
+        else ", cost " + " / ".join(_money(s.cost) for s in plan.sampling if s.cost is not None)
+    )
     shares = " / ".join(f"{s.utilisation:.1%}" for s in plan.sampling)
     yield f"{r.sample_images:,} samples, {r.sample_steps} steps, {guided}: {hours} device hours at {shares}{cost}"
 
@@ -154,14 +148,18 @@ def _notes(plan: "Plan") -> Iterator[str]:
 
 
 def _table(rows: Sequence[Sequence[str]], *, right: bool = False) -> Iterator[str]:
-    columns = max(map(len, rows))
-    widths = [max(len(row[i]) for row in rows) for i in range(columns)]
+    """Columns under each other; numbers to the right, where a row's first cell is its name."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
-            cell.rjust(width) if right and i and i < columns - (columns > 3) else cell.ljust(width)
+            cell.rjust(width) if right and i else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _money(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
 
 
 def _gib(count: int) -> str:

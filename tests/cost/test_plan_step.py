@@ -21,6 +21,7 @@ from smalti.models import build_backbone
 from smalti.ops import OPS
 from smalti.presets import preset_config
 from smalti.training.distributed import apply_activation_checkpointing
+from smalti.workflows.timed import TimedNetwork
 
 CPU = torch.device("cpu")
 SMALL = ("dit-emoji32", "diffussm-emoji32", "drwkv-emoji32", "udit-emoji32")
@@ -88,6 +89,23 @@ def test_activation_memory_of_a_small_preset_is_that_of_a_real_step_to_the_byte(
     planned = step_memory(config, BATCH, precision=precision, hardware="cpu")
     assert (planned.kept, planned.peak_with_gradients) == (kept, peak)
     assert whole == peak  # the fused update needs no room
+
+
+@pytest.mark.parametrize("name", ["dit-emoji32", "diffussm-emoji32"])
+def test_a_step_of_the_training_loop_needs_what_is_planned_but_for_its_own_loss(name):
+    network = TimedNetwork(preset_config(name), 8, "bf16", CPU)
+    for _ in range(2):
+        network.training_step()
+    state = network._steps.gi_frame.f_locals["state"]
+    tracker = MemTracker()
+    tracker._mod_tracker = NoModules()
+    tracker.track_external(state.model, state.ema.model, state.optimizer)
+    before = tracker.get_tracker_snapshot()[CPU]["Total"]
+    with tracker:
+        network.training_step()
+    measured = tracker.get_tracker_snapshot("peak")[CPU]["Total"] - before
+    planned = step_memory(preset_config(name), 8, precision="bf16", hardware="cpu")
+    assert planned.peak_with_gradients == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
