@@ -34,7 +34,7 @@ class Encode:
     batch: int | None = None
     """Images at once; part of what makes the bits. Left out: by their size, 4 of 256 x 256 pixels."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the autoencoder; bf16 is faster on GPUs and changes latents by about 1 %."""
+    """Of the autoencoder; bf16 is faster on GPUs and changes latents by about half a percent."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     chunks: str = ""
