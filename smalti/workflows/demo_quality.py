@@ -13,7 +13,8 @@ from smalti.report.quality import QualityTable
 from smalti.training.config import RunConfig
 from smalti.workflows.compare import compare
 from smalti.workflows.evaluate import evaluate
-from smalti.workflows.evaluate_sources import Drawing, part_of
+from smalti.workflows.evaluate_sources import Drawing
+from smalti.workflows.trained_on import part_of
 
 FEATURES = "lite0@96"
 METRICS = ("kid", "fd_pca64")  # the two that are honest at some hundred images

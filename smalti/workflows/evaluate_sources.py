@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +13,6 @@ import tyro
 from torch import Tensor
 
 from smalti.data import to_uint8
-from smalti.data.latent_record import read_record as read_latent_record
-from smalti.data.latent_set import is_latents
 from smalti.data.sets import BUILT_IN
 from smalti.data.sources import ImageSource, open_images
 from smalti.errors import ConfigError, DataError, NumericError
@@ -26,11 +24,11 @@ from smalti.evaluation.results import Source as ResultSource
 from smalti.models.files import CONFIG as MODEL_CONFIG
 from smalti.sampling import SamplingConfig
 from smalti.sampling.record import RECORD, read_record
-from smalti.storage.objects import open_store
 from smalti.training.config import RunConfig
 from smalti.workflows.progress import ProgressReport
-from smalti.workflows.run_folder import CONFIG, load_config
+from smalti.workflows.run_folder import CONFIG
 from smalti.workflows.sample import MOST_IMAGES, load_source, read_classes, require_images, sample
+from smalti.workflows.trained_on import part_of, trained_on
 from smalti.world import World
 
 PAPER_IMAGES = 50_000
@@ -292,7 +290,7 @@ def open_training(run: Path | None, training: str | None, options: Mapping[str, 
         return []
     if training is not None:
         return [open_existing(training, "--training", options)]
-    config = _trained_on(run) if run is not None else None
+    config = trained_on(run) if run is not None else None
     if config is None:
         return []
     parts = ("train", "validation") if config.data.validation_fraction else ("train",)
@@ -318,32 +316,6 @@ def _trained_images(run: Path, config: RunConfig, part: str, otherwise: str) -> 
     except DataError as error:
         raise DataError(f"{run} was trained on {data}, which can no longer be read: {error}; or give {otherwise}"
                         ) from error  # fmt: skip
-
-
-def _trained_on(run: Path) -> RunConfig | None:
-    """The settings of the training run, if this is its folder; of latents, with the images that they were made of."""
-    if not (run / CONFIG).is_file():
-        return None
-    config = load_config(run / CONFIG)
-    data = config.data.path
-    if data in BUILT_IN or not is_latents(data):
-        return config
-    identity = read_latent_record(open_store(data)).identity
-    if identity.count < identity.source_count:
-        raise ConfigError(
-            f"{run} was trained on latents of the first {identity.count:,} of {identity.source_count:,} images of "
-            f"{identity.source}, so its split is not that of the images; give --reference REAL-IMAGES and --training "
-            "none, or --training IMAGES"
-        )
-    rows, columns = identity.image_size
-    images = replace(config.data, path=identity.source, image_size=rows if rows == columns else None)
-    return replace(config, data=images)
-
-
-def part_of(config: RunConfig, part: str) -> str:
-    """How `open_images` calls the images that a run trained on, or those that it set aside."""
-    fraction = config.data.validation_fraction
-    return f"{config.data.path}#{part},seed={config.seed},fraction={fraction}" if fraction else config.data.path
 
 
 def kinds_of_ours(names: Sequence[str], network: FeatureNetwork) -> set[str]:
@@ -372,7 +344,7 @@ def open_real(
     """What the images are compared with, checked for what the metrics need of it."""
     comparing = [name for name in names if METRICS[name].reference != "nothing"]
     if asked is None:
-        config = _trained_on(run) if run is not None else None
+        config = trained_on(run) if run is not None else None
         if config is None:
             if comparing:
                 raise ConfigError(
