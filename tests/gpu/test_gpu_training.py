@@ -8,11 +8,16 @@ import torch
 
 from smalti.checkpoints import CheckpointStore
 from smalti.data import SampleOrder
+from smalti.data.examples import PixelExamples
 from smalti.data.image_set import ArrayImages
 from smalti.diffusion import ObjectiveConfig, build_schedule
 from smalti.training import EMA, OptimizerConfig, RunConfig, TrainState, train_steps
 from smalti.training.batches import BatchSource
+from smalti.training.config import ParallelConfig
+from smalti.training.device import autocast_dtype
+from smalti.training.distributed import Parallel, whole
 from smalti.training.optim import build_optimizer
+from smalti.world import World
 
 IMAGES = 24
 
@@ -27,7 +32,7 @@ def batches():
     names = tuple(map(str, range(IMAGES)))
     image_set = ArrayImages("stripes", tuple("abcde"), labels, names, names, "stripes", images)
     return BatchSource(
-        image_set,
+        PixelExamples(image_set),
         SampleOrder(range(IMAGES), seed=0),
         build_schedule("linear"),
         ObjectiveConfig(),
@@ -132,3 +137,42 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     second.restore(stored)
     list(train_steps(second, batches, config))
     assert differing(second, whole) == []
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    """This process and its GPU as a world of one."""
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("this PyTorch was built without NCCL")
+    where = f"file://{tmp_path / 'store'}"
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=where, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ddp_and_fsdp_over_nccl_take_the_steps_of_the_network_alone(
+    make_dit, device, batches, nccl, deterministic, strategy, precision
+):
+    """A world of one exchanges nothing with others; what wraps the network is the same as in a world of many."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    config = run_config(precision, 3, micro_batch=4)
+    alone = new_state(make_dit, device, config)
+    expected = list(train_steps(alone, batches, config))
+    mesh = init_device_mesh("cuda", (1,), mesh_dim_names=("shard",)) if strategy == "fsdp" else None
+    parallel = ParallelConfig(strategy=strategy, activation_checkpointing="selective")
+    shared = Parallel(parallel, World(), strategy, torch.device("cuda", 0), autocast_dtype(precision), mesh)
+    model = make_dit().to(device).train()
+    ema = EMA(model, 0.9)
+    shared.evaluated(ema.model)
+    engine = shared.trained(model)
+    state = TrainState(model, ema, build_optimizer(model, config.optimizer), engine=engine)
+    found = list(train_steps(state, batches, config))
+    limit = 1e-5 if precision == "fp32" else 2.0**-9
+    assert [r.grad_norm for r in found] == pytest.approx([r.grad_norm for r in expected], rel=limit)
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], rel=limit)
+    assert model.state_dict().keys() == alone.model.state_dict().keys()
+    assert all(whole(tensor).isfinite().all() for tensor in ema.model.state_dict().values())
