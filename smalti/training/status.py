@@ -18,6 +18,7 @@ from smalti.storage.filesystem import FileSystem, LocalFileSystem, storage_error
 from smalti.storage.replacing import replace_file
 
 PREEMPTED, FAILED, FINISHED = "PREEMPTED", "FAILED", "FINISHED"
+_MARKS = {PREEMPTED, FAILED, FINISHED}
 # Settings, data or checkpoints that are wrong, numbers that are not finite, a folder in use: the same again next time.
 NOT_RETRIED = (64, 65, 70, 73)
 
@@ -49,7 +50,7 @@ def mark_running(folder: Path, fs: FileSystem | None = None) -> None:
     """
     files = LocalFileSystem() if fs is None else fs
     with storage_errors(files, folder, 0, "clearing the mark of the last start", "Check the permissions of the folder"):
-        for name in (PREEMPTED, FAILED, FINISHED):
+        for name in _MARKS:
             with contextlib.suppress(FileNotFoundError):
                 files.remove_file(folder / name)
 
@@ -133,3 +134,6 @@ def _write(folder: Path, name: str, values: dict[str, str], fs: FileSystem | Non
     advice = "Checkpoints stored before are untouched"
     with storage_errors(files, folder, len(data), f"writing the mark {name}", advice):
         replace_file(files, folder / name, [data])
+        for other in _MARKS - {name}:  # one word at a time, the last
+            with contextlib.suppress(FileNotFoundError):
+                files.remove_file(folder / other)

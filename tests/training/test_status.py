@@ -127,6 +127,14 @@ def test_a_mark_is_written_whole_or_not_at_all(tmp_path):
     assert read_status(tmp_path).values["step"] == "1"
 
 
+def test_the_last_word_stands_alone(tmp_path):
+    mark_finished(tmp_path, 500)
+    mark_refused(tmp_path, ConfigError("steps must be at least 1"))
+    assert names(tmp_path) == ["FAILED"]
+    mark_preempted(tmp_path, 3, "SIGINT")
+    assert names(tmp_path) == ["PREEMPTED"]
+
+
 @pytest.mark.faults
 def test_a_full_disk_does_not_hide_why_a_run_failed(tmp_path):
     (tmp_path / "file").write_text("")
