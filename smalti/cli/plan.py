@@ -11,15 +11,15 @@ from smalti.config import to_dict
 from smalti.cost.plan_request import UTILISATIONS, CheckpointPolicy
 from smalti.training.config import RunConfig
 from smalti.workflows.plan import make_plan, plan_request
-from smalti.workflows.run_folder import load_config
+from smalti.workflows.recipes import load_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a training run needs, before it is started: operations, memory, disk, communication, time, cost.
 
-    Settings may come from a run's file, `--config run.yaml`; flags change them. A preset alone is planned as its paper
-    trained it: 256 images a step, 400,000 steps, bf16.
+    Settings may come from a run's file, `--config run.yaml`, or a recipe's name; flags change them. A preset alone is
+    planned as its paper trained it: 256 images a step, 400,000 steps, bf16.
     """
 
     preset: Annotated[str | None, tyro.conf.Positional] = None
@@ -76,7 +76,7 @@ class Plan:
 
     @classmethod
     def from_file(cls, path: str) -> "Plan":
-        return cls(run_config=load_config(Path(path)))
+        return cls(run_config=load_settings(path))
 
     def run(self) -> None:
         asked = {name: value for name, value in vars(self).items() if name not in ("json", "run_config")}

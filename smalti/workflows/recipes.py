@@ -126,7 +126,7 @@ def recipe_lines(pattern: str) -> Iterator[str]:
         yield "  ".join(f"{cell:{side}{width}}" for cell, side, width in padded).rstrip()
     yield ""
     yield "`smalti train --config RECIPE --data.path DATA` runs one; `smalti recipes RECIPE` prints its file, with what"
-    yield "differs from its source and what that leaves open. docs/guide/recipes.md says what each of them needs."
+    yield "differs from its source and what that leaves open; `smalti plan --config RECIPE` says what it needs."
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
