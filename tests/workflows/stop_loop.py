@@ -83,7 +83,7 @@ class Child:
 
 def state_of(out):
     """Digest of every bit that a finished run consists of: weights, average, optimizer, counters, model."""
-    newest = CheckpointStore(out / "checkpoints").load_newest(on_skip=print)
+    newest = CheckpointStore(out / "checkpoints").load_newest(on_skip=sys.exit)
     digests = {
         f"{group}.{name}": hashlib.sha256(
             f"{tensor.dtype} {tuple(tensor.shape)}".encode() + bytes_of(tensor)
@@ -123,7 +123,8 @@ def same(out, whole):
 
 
 def newest_step(out):
-    stored = CheckpointStore(out / "checkpoints").load_newest(on_skip=print)
+    """0 if there is none. The run may be deleting an older one that is just being looked at; that is no fault."""
+    stored = CheckpointStore(out / "checkpoints").load_newest(on_skip=lambda reason: None)
     return stored.step if stored is not None else 0
 
 
