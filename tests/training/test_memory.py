@@ -1,7 +1,11 @@
 """Less memory for the same gradients: recomputation, smaller micro-batches, and what happens when memory runs out."""
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,3 +187,19 @@ def test_processes_that_no_shard_size_divides_are_refused():
         Parallel.prepare(
             replace(config, strategy="hsdp", shard_size=3), World(0, 8), torch.device("cpu"), precision="fp32"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_compiled_blocks_train_as_plain_ones_also_when_recomputed_and_sharded(tmp_path):
+    here = Path(__file__).parent
+    paths = [str(here.parents[1]), str(here.parent / "support"), str(here), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(here / "compile_training.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ok ") == 12
