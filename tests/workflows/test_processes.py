@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 KILLS = int(os.environ.get("SMALTI_KILLS", "3"))
 STEPS_IN_FP32 = 2e-5  # how far weights may drift in 20 steps because sums are taken in another order
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.faults]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.faults, pytest.mark.xdist_group("processes")]
 
 
 @pytest.fixture(scope="module")
