@@ -15,7 +15,7 @@ from smalti.cli import main
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-PROCESSES = 1
+PROCESSES = 2
 
 pytestmark = pytest.mark.long
 
