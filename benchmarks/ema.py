@@ -15,7 +15,7 @@ from smalti.training.ema import EMA, HORIZON, default_decay
 from smalti.training.loop import train_steps
 from smalti.training.validation import validate, validation_unit
 from smalti.workflows.demo import recipe
-from smalti.workflows.train import new_state, prepare_run
+from smalti.workflows.train_setup import new_state, prepare_run
 
 SHARES = (0.01, 0.02, 0.04, 0.08, 0.16)
 PAPERS = 0.9999

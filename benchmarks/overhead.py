@@ -34,7 +34,7 @@ from smalti.training.fused_update import refuses, update
 from smalti.training.log import RunLog
 from smalti.training.prefetch import prefetched
 from smalti.workflows.demo import recipe
-from smalti.workflows.train import Run, new_state, prepare_run
+from smalti.workflows.train_setup import Run, new_state, prepare_run
 
 WORK = ("data", "update", "log", "checkpoint")
 NETWORKS = ("demo", "dit-s-2")

@@ -17,7 +17,7 @@ from smalti.training.config import RunConfig
 from smalti.training.loop import train_steps
 from smalti.training.validation import validate
 from smalti.workflows.demo import recipe
-from smalti.workflows.train import new_state, prepare_run
+from smalti.workflows.train_setup import new_state, prepare_run
 
 
 def variants(base: RunConfig) -> dict[str, RunConfig]:

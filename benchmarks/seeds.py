@@ -19,7 +19,7 @@ from smalti.training.baselines import baselines, example_moments
 from smalti.training.loop import train_steps
 from smalti.training.validation import validate, validation_unit
 from smalti.workflows.demo import recipe
-from smalti.workflows.train import new_state, prepare_run
+from smalti.workflows.train_setup import new_state, prepare_run
 
 
 def main(arguments: list[str]) -> int:

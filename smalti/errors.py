@@ -47,9 +47,17 @@ class StorageError(SmaltiError, OSError):
 
 
 class PreemptedError(SmaltiError):
-    """The run was asked to stop, saved itself at a step boundary, and continues when it is started again."""
+    """The run was asked to stop, saved itself at a step boundary, and continues when it is started again.
+
+    Args:
+        signal_name: what asked, as in `SIGTERM`.
+    """
 
     exit_code = 75
+
+    def __init__(self, message: str, signal_name: str = "") -> None:
+        super().__init__(message)
+        self.signal_name = signal_name
 
 
 class PeerLostError(SmaltiError):

@@ -15,11 +15,12 @@ from smalti.training.batches import BatchSource, TrainBatch
 from smalti.training.config import RunConfig
 from smalti.training.device import autocast
 from smalti.training.distributed import whole
+from smalti.training.fused_update import update
 from smalti.training.optim import learning_rate
 from smalti.training.state import TrainState
+from smalti.training.step_batches import StepBatches, parts_of
 from smalti.training.stochastic_depth import stochastic_depth
 from smalti.training.stop import StopRequest
-from smalti.world import World
 
 
 class StepReport(NamedTuple):
@@ -60,28 +61,6 @@ class MicroBatchTooLargeError(SmaltiError):
         self.micro_batch = micro_batch
 
 
-class Part(NamedTuple):
-    """Samples of one forward pass."""
-
-    start: int
-    size: int
-    counts: bool  # False: another process has samples left, and this one only keeps it company
-
-
-def parts_of(step: int, batch_size: int, world: World, micro_batch: int) -> list[Part]:
-    """The forward passes of this process in a step, whose samples it takes from a contiguous share of the batch.
-
-    All processes make equally many, because each pass may be one of all together. One that runs out of samples repeats
-    one of the same batch without counting it: were that one not finite, the step would be skipped for it anyway.
-    """
-    first = step * batch_size
-    start, stop = (first + batch_size * rank // world.size for rank in (world.rank, world.rank + 1))
-    largest = -(-batch_size // world.size)
-    parts = [Part(at, min(micro_batch, stop - at), True) for at in range(start, stop, micro_batch)]
-    idle = Part(first, 1, False)
-    return parts + [idle] * (-(-largest // micro_batch) - len(parts))
-
-
 def train_steps(
     state: TrainState,
     batches: BatchSource,
@@ -103,7 +82,21 @@ def train_steps(
         ConfigError: memory does not suffice for a single image.
         MicroBatchTooLargeError: it does not suffice for a micro-batch, and the processes cannot agree on another one
             any more.
+        WorkerDiedError: a process that loads data was killed.
     """
+    device = next(state.model.parameters()).device
+    with StepBatches(batches, config, state.engine.world, pin=device.type == "cuda") as ahead:
+        yield from _steps(state, batches, ahead, config, stopping, failing)
+
+
+def _steps(
+    state: TrainState,
+    batches: BatchSource,
+    ahead: StepBatches,
+    config: RunConfig,
+    stopping: Callable[[], signal.Signals | None],
+    failing: Callable[[], bool],
+) -> Iterator[StepReport]:
     trained = [p for p in state.model.parameters() if p.requires_grad]
     clip = math.inf if config.optimizer.clip_norm is None else config.optimizer.clip_norm
     world = state.engine.world
@@ -118,7 +111,7 @@ def train_steps(
         passed_over = state.guard.passes_over(state.step)
         loss = norm = math.nan
         if not passed_over:
-            loss, micro_batch = _gradients_that_fit(state, batches, config, micro_batch)
+            loss, micro_batch = _gradients_that_fit(state, ahead, config, micro_batch)
             norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, clip)))
         # One exchange for all that is decided. A sum that is not finite stays so.
         told = stopping()
@@ -128,8 +121,7 @@ def train_steps(
         norm = math.nan if wrong and math.isfinite(norm) else norm
         verdict = "skip" if passed_over else state.guard.judge(state.step, loss, norm, positions)
         if verdict == "step":
-            state.optimizer.step()
-            state.ema.update(state.model, state.step - len(state.skipped))
+            update(state.optimizer, state.ema, state.model, state.step - len(state.skipped))
         state.optimizer.zero_grad()
         state.step += 1
         told = next((number for number, count in zip(StopRequest.signals, flags, strict=True) if count), None)
@@ -140,14 +132,13 @@ def train_steps(
 
 
 def _gradients_that_fit(
-    state: TrainState, batches: BatchSource, config: RunConfig, micro_batch: int
+    state: TrainState, ahead: StepBatches, config: RunConfig, micro_batch: int
 ) -> tuple[float, int]:
     """`_gradients`, again from the start with parts half as large where memory does not suffice."""
     world = state.engine.world
     while True:
         try:
-            parts = parts_of(state.step, config.batch_size, world, micro_batch)
-            return _gradients(state, batches, config, parts), micro_batch
+            return _gradients(state, ahead, config, micro_batch), micro_batch
         except torch.OutOfMemoryError as error:
             smaller = _halved(micro_batch, error)
             if world.size > 1:  # the others are in the middle of the step, and wait for this process
@@ -201,13 +192,13 @@ def _clear(state: TrainState) -> None:
         torch.cuda.empty_cache()
 
 
-def _gradients(state: TrainState, batches: BatchSource, config: RunConfig, parts: list[Part]) -> float:
+def _gradients(state: TrainState, ahead: StepBatches, config: RunConfig, micro_batch: int) -> float:
     """Leave the gradient of the batch's mean loss, and return this process's share of that mean."""
     loss = 0.0
-    for k, part in enumerate(parts):
-        batch = batches.at(part.start, part.size)
-        with state.engine.micro_batch(last=k == len(parts) - 1):
-            loss += _run_micro_batch(state, batch, batches.objective, config, counts=part.counts)
+    count = len(parts_of(state.step, config.batch_size, state.engine.world, micro_batch))
+    for k, (part, batch) in enumerate(ahead.of(state.step, micro_batch)):
+        with state.engine.micro_batch(last=k == count - 1):
+            loss += _run_micro_batch(state, batch, config.objective, config, counts=part.counts)
     return loss / state.engine.world.size
 
 
@@ -224,9 +215,9 @@ def _run_micro_batch(
         with autocast(device, config.precision):
             losses: Tensor = training_losses(
                 state.engine.call,
-                batch.x0.to(device),
+                batch.x0.to(device, non_blocking=True),
                 labels,
-                eps=batch.eps.to(device),
+                eps=batch.eps.to(device, non_blocking=True),
                 levels=batch.levels,
                 config=objective,
                 learned_variance=config_of(state.model).learned_variance,

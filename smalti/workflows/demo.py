@@ -22,7 +22,8 @@ from smalti.workflows.demo_page import NAMES, build_page
 from smalti.workflows.demo_quality import demo_quality
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.run_folder import CONFIG, changes, load_config
-from smalti.workflows.train import new_state, prepare_run, train
+from smalti.workflows.train import train
+from smalti.workflows.train_setup import new_state, prepare_run
 
 TRAINING_SHARE = 0.8  # of the budget; the rest is validation, previews, the final samples and the page
 TIMED_STEPS = 4

@@ -26,7 +26,8 @@ from smalti.training.log import read_log
 from smalti.workflows.demo_quality import DemoQuality
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.sample import Source, sample
-from smalti.workflows.train import PREVIEW_COLUMNS, TrainResult
+from smalti.workflows.train import TrainResult
+from smalti.workflows.train_looks import PREVIEW_COLUMNS
 
 SAMPLES_PER_CLASS = 4
 NAMES = {"dit": "DiT", "diffussm": "DiffuSSM", "drwkv": "Diffusion-RWKV", "udit": "U-DiT"}

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from smalti import streams
-from smalti.data import ImageSet
-from smalti.data.pixels import read_pixels
+from smalti.data import open_images, to_uint8
+from smalti.data.examples import Examples
 from smalti.errors import DataError
 from smalti.evaluation.features import FeatureNetwork, FeatureSet, extract
 from smalti.evaluation.metric import Estimate, check_names, measure
 from smalti.evaluation.metrics import METRICS
 from smalti.evaluation.networks import build_network
 from smalti.evaluation.rehearsal import rehearse
+from smalti.latents import Codec, decode_batches
 from smalti.training.config import QualityConfig
 
 _ROWS = 64
@@ -45,9 +46,14 @@ class QualityCheck:
 
 
 def prepare_quality(
-    config: QualityConfig, images: ImageSet, train_indices: Sequence[int] | np.ndarray, seed: int, device: torch.device
+    config: QualityConfig,
+    examples: Examples,
+    codec: Codec,
+    train_indices: Sequence[int] | np.ndarray,
+    seed: int,
+    device: torch.device,
 ) -> QualityCheck | None:
-    """Features of the training images that stand for the reference; made before the first step, so that whatever is
+    """Features of the images that stand for the reference; made before the first step, so that whatever is
     wrong with them or with the feature network is said before hours of training. None if it is never due.
 
     Raises:
@@ -61,7 +67,9 @@ def prepare_quality(
     widths = network.widths
     if missing := kinds - set(widths):
         raise DataError(f"{config.features} makes no {', '.join(sorted(missing))} features; choose other metrics")
-    count = min(config.reference_images, len(train_indices))
+    reference_source = open_images(config.reference, convert=True) if config.reference else None
+    total = len(train_indices) if reference_source is None else reference_source.count
+    count = min(config.reference_images, total)
     rehearse(
         config.metrics,
         METRICS,
@@ -70,8 +78,12 @@ def prepare_quality(
         count=config.images,
         reference_count=count,
     )
-    chosen = _choose(train_indices, config.reference_images, seed)
-    pieces = (read_pixels(images, chosen[start : start + _ROWS]) for start in range(0, len(chosen), _ROWS))
+    if reference_source is not None:
+        pieces = reference_source.batches(_ROWS, _choose(range(total), config.reference_images, seed))
+    else:
+        chosen = _choose(train_indices, config.reference_images, seed)
+        blocks = (examples.x0(chosen[start : start + _ROWS]) for start in range(0, len(chosen), _ROWS))
+        pieces = (to_uint8(images) for images in decode_batches(codec, blocks))
     reference = extract(pieces, network, kinds=sorted(kinds))
     return QualityCheck(tuple(config.metrics), network, reference)
 

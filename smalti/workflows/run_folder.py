@@ -1,5 +1,6 @@
 """What a run folder says of its run: settings as asked for, network and data as they came to be."""
 
+import uuid
 from pathlib import Path
 
 import yaml
@@ -32,10 +33,21 @@ def load_config(path: Path) -> RunConfig:
 def settle_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig) -> list[str]:
     """As `check_config`; then write down what this run is."""
     changed = check_config(config, catalogue)
-    resolved = {"model": to_dict(model), "data": {"name": catalogue.name, "fingerprint": catalogue.fingerprint}}
+    resolved = {
+        "run": run_id(config.out) or uuid.uuid4().hex,
+        "model": to_dict(model),
+        "data": {"name": catalogue.name, "fingerprint": catalogue.fingerprint},
+    }
     for name, content in ((CONFIG, to_dict(config)), (RESOLVED, resolved)):
         write_text(config.out / name, yaml.safe_dump(content, sort_keys=False))
     return changed
+
+
+def run_id(folder: Path) -> str | None:
+    """What the checkpoints of this run call it; None before its first start."""
+    path = folder / RESOLVED
+    found: str | None = yaml.safe_load(path.read_text()).get("run") if path.exists() else None
+    return found
 
 
 def check_config(config: RunConfig, catalogue: Catalogue) -> list[str]:

@@ -1,7 +1,7 @@
 """What the processes of one training run do as one: hold its folder, agree on what it is, write, and make room."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from smalti.checkpoints import RunLock
 from smalti.checkpoints.together import Together
 from smalti.data.image_set import Catalogue
-from smalti.errors import DataError
+from smalti.errors import DataError, PreemptedError, SmaltiError
 from smalti.models import BackboneConfig, build_backbone
 from smalti.report.files import write_text
 from smalti.training.config import RunConfig
 from smalti.training.distributed import as_sharded, whole
 from smalti.training.log import RunLog
 from smalti.training.loop import MicroBatchTooLargeError, StepReport
-from smalti.workflows.run_folder import settle_config
+from smalti.training.status import mark_finished, mark_preempted, mark_refused, mark_running, marked_failures
+from smalti.training.stop import outlasts_the_grace
+from smalti.workflows.progress import ProgressReport
+from smalti.workflows.run_folder import run_id, settle_config
 from smalti.world import World
 
 MICRO_BATCH = "micro_batch.json"
@@ -35,6 +38,50 @@ def locked(folder: Path, me: World, *, steal: bool = False) -> Iterator[None]:
 
         Together(me).step(lambda: None, take)
         yield
+
+
+@contextmanager
+def refusals_marked(folder: Path, me: World) -> Iterator[None]:
+    """Leave word of errors that come before the run holds its folder."""
+    try:
+        yield
+    except SmaltiError as error:
+        if me.rank == 0:
+            mark_refused(folder, error)
+        raise
+
+
+@contextmanager
+def marked(folder: Path, me: World, step: Callable[[], int]) -> Iterator[None]:
+    """Leave word in the run folder of how the body ended; see `smalti.training.status`.
+
+    Args:
+        step: how far the run is.
+    """
+    if me.rank == 0:
+        mark_running(folder)
+    with marked_failures(folder):
+        try:
+            yield
+        except PreemptedError as error:
+            if me.rank == 0:
+                mark_preempted(folder, step(), error.signal_name)
+            raise
+        if me.rank == 0:
+            mark_finished(folder, step())
+
+
+def known_run(folder: Path, me: World) -> str | None:
+    """`run_id`, as the first process reads it."""
+    found: str | None = me.broadcast_object(run_id(folder) if me.rank == 0 else None)
+    return found
+
+
+def warn_of_slow_saves(seconds: float, log: "RunLog | _NoLog", step: int, progress: ProgressReport) -> None:
+    """Say so if a stop could come too late for its checkpoint."""
+    if warning := outlasts_the_grace(seconds):
+        log.write("slow_save", step, seconds=round(seconds, 1))
+        progress.note(warning)
 
 
 def settle(config: RunConfig, catalogue: Catalogue, model: BackboneConfig, me: World) -> list[str]:

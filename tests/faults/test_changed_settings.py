@@ -11,7 +11,7 @@ from smalti.errors import CheckpointError, ConfigError
 from smalti.sampling import SamplingConfig
 from smalti.training.config import RunConfig
 from smalti.workflows.run_folder import CONFIG, RESOLVED, settle_config
-from smalti.workflows.train import prepare_run
+from smalti.workflows.train_setup import prepare_run
 
 # What a run is: other samples, noise or weights would follow from these.
 REFUSED = {

@@ -23,6 +23,7 @@ import torch
 from tiny_runs import flags, write_set
 
 import smalti.workflows.train as workflow
+import smalti.workflows.train_looks as looks
 from smalti.checkpoints import CheckpointStore
 from smalti.cli import main
 from smalti.training.log import read_log
@@ -223,7 +224,7 @@ def interrupt_twice(root, data, _):
             inside.write_text("")
             time.sleep(60)
 
-        workflow.validate = validate
+        looks.validate = validate
 
     child = Child(flags(out, data, "--steps", "30"), log, hang)
     child.wait_for_steps(3)
@@ -253,14 +254,14 @@ def refuse_a_second(root, data, seconds):
     whole = run_whole(root / "whole", data, STEPS)
 
     def wait():
-        real = workflow.validate
+        real = looks.validate
 
         def validate(*args, **kwargs):
             while not go.exists():
                 time.sleep(0.01)
             return real(*args, **kwargs)
 
-        workflow.validate = validate
+        looks.validate = validate
 
     first = Child(flags(out, data, "--steps", str(STEPS)), log, wait)
     first.wait_for_steps(3)

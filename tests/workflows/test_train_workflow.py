@@ -34,7 +34,8 @@ from smalti.training.config import (
 from smalti.training.log import read_log
 from smalti.training.stop import StopRequest
 from smalti.workflows.run_folder import load_config
-from smalti.workflows.train import model_config, prepare_run, train
+from smalti.workflows.train import train
+from smalti.workflows.train_setup import model_config, prepare_run
 
 
 @pytest.fixture(scope="module")
