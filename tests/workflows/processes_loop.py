@@ -27,7 +27,6 @@ from smalti.training import batches, loop
 
 PATIENCE = 90.0
 SHORT = 4.0  # what `hung` waits for a process
-KILLS = int(os.environ.get("SMALTI_KILLS", "3"))
 FAST = ("--batch-size", "10", "--optimizer.learning-rate", "0.001")
 
 
@@ -138,7 +137,7 @@ def killed(root, data):
     found = {}
     for strategy in ("ddp", "fsdp"):
         rng, name = random.Random(3), f"killed-{strategy}"
-        base = (*FAST, "--steps", "24", "--parallel.strategy", strategy)
+        base = (*FAST, "--steps", str(6 * KILLS + 6), "--parallel.strategy", strategy)
         whole = Watched(root, f"whole-{strategy}", 2, flags(root / f"whole-{strategy}", data, *base)).wait(PATIENCE)
         arguments, result = flags(root / name, data, *base), {"whole": whole, "codes": [], "seconds": [], "lines": []}
         for k in range(KILLS):
@@ -269,7 +268,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for module in ("smalti.cli.train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"):
         importlib.import_module(module)
-    root = Path(sys.argv[1])
-    data = write_set(root / "data")
-    for part in sys.argv[2:]:
-        print(json.dumps({part: globals()[part](root, data)}), flush=True)
+    root, part, KILLS = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    print(json.dumps({part: globals()[part](root, write_set(root / "data"))}), flush=True)

@@ -9,22 +9,26 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-KILLS = int(os.environ.get("SMALTI_KILLS", "3"))
 STEPS_IN_FP32 = 2e-5  # how far weights may drift in 20 steps because sums are taken in another order
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.faults, pytest.mark.xdist_group("processes")]
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    """The parts asked for, each run once; SMALTI_KILLS=10 for the long form."""
+def kills(how_often):
+    return how_often(3, 10)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory, kills):
+    """The parts asked for, each run once."""
     found, folder = {}, tmp_path_factory.mktemp("processes")
     paths = [str(HERE.parents[1]), str(HERE.parent / "support"), str(HERE), os.environ.get("PYTHONPATH", "")]
 
     def part(name):
         if name not in found:
             done = subprocess.run(
-                [sys.executable, "-W", "ignore", str(HERE / "processes_loop.py"), str(folder / name), name],
+                [sys.executable, "-W", "ignore", str(HERE / "processes_loop.py"), str(folder / name), name, str(kills)],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
                 capture_output=True,
                 text=True,
@@ -51,10 +55,10 @@ def test_a_run_handed_from_1_to_2_to_3_to_4_to_1_processes_meets_the_same_sample
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_when_a_process_is_killed_the_other_ends_within_5_seconds_saying_so_and_the_same_command_goes_on(
-    outcome, strategy
+    outcome, strategy, kills
 ):
     found = outcome("killed")[strategy]
-    assert found["codes"] == [[75, -9]] * KILLS
+    assert found["codes"] == [[75, -9]] * kills
     assert max(found["seconds"]) <= 5
     for k, line in enumerate(found["lines"]):
         assert line.startswith(f"smalti: process {1 - k % 2} of 2 stopped at step")
