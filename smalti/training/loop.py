@@ -117,8 +117,9 @@ def _steps(
         told = stopping()
         flags = [float(told == number) for number in StopRequest.signals]
         wrong, failed = float(not math.isfinite(norm)), float(failing())
-        loss, wrong, failed, *flags = world.sum(loss, wrong, failed, *flags)
-        norm = math.nan if wrong and math.isfinite(norm) else norm
+        firsts = norm if world.rank == 0 else 0.0  # unequal machines may differ in the last bit of the same norm
+        loss, wrong, failed, norm, *flags = world.sum(loss, wrong, failed, firsts, *flags)
+        norm = math.nan if wrong else norm
         verdict = "skip" if passed_over else state.guard.judge(state.step, loss, norm, positions)
         if verdict == "step":
             update(state.optimizer, state.ema, state.model, state.step - len(state.skipped))
@@ -198,7 +199,7 @@ def _gradients(state: TrainState, ahead: StepBatches, config: RunConfig, micro_b
     count = len(parts_of(state.step, config.batch_size, state.engine.world, micro_batch))
     for k, (part, batch) in enumerate(ahead.of(state.step, micro_batch)):
         with state.engine.micro_batch(last=k == count - 1):
-            loss += _run_micro_batch(state, batch, config.objective, config, counts=part.counts)
+            loss += _run_micro_batch(state, batch, ahead.objective, config, counts=part.counts)
     return loss / state.engine.world.size
 
 

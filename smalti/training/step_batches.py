@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from smalti.data.order import named_examples
+from smalti.diffusion.objectives import ObjectiveConfig
 from smalti.training.batches import BatchSource, TrainBatch
 from smalti.training.config import RunConfig
 from smalti.training.prefetch import Prefetched, prefetched
@@ -46,6 +47,11 @@ class StepBatches:
         self._ahead: Prefetched[list[TrainBatch]] | None = None
         self._next = (-1, 0)  # step and micro-batch that come from the workers next
 
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """What the batches are drawn for."""
+        return self._batches.objective
+
     def of(self, step: int, micro_batch: int) -> Iterator[tuple[Part, TrainBatch]]:
         """The parts of this process in a step, each with its samples.
 
@@ -62,7 +68,7 @@ class StepBatches:
     def _from_workers(self, step: int, micro_batch: int) -> list[TrainBatch]:
         if self._ahead is None or self._next[1] != micro_batch or self._next[0] > step:
             self.close()
-            config, world = self._config, self._world
+            config, world = self._config, World(self._world.rank, self._world.size)  # what a worker may have of it
             load = partial(_load, self._batches, config.batch_size, world, micro_batch)
             self._ahead = prefetched(
                 load, step, config.steps, workers=config.data.workers, pin=self._pin, describe=self._describe

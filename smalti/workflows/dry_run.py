@@ -39,7 +39,7 @@ from smalti.training.state import TrainState
 from smalti.training.status import read_status
 from smalti.training.stop import outlasts_the_grace
 from smalti.workflows.run_folder import check_config
-from smalti.workflows.train import Run, new_state, prepare_run
+from smalti.workflows.train_setup import Run, new_state, prepare_run
 from smalti.world import World, world
 
 STEPS = 2

@@ -77,12 +77,11 @@ def train(
     device = resolve_device(config.device)
     patience = timedelta(minutes=config.parallel.timeout_minutes)
     with world(device, patience) as me, Peers(me) as peers, peers.watched():
-        with refusals_marked(config.out, me):
+        with refusals_marked(config.out):
             run, model = prepare_run(config, me)
-        with locked(config.out, me, steal=steal):
+        with locked(config.out, me, steal=steal), marked(config.out, me, lambda: peers.step):
             changed = settle(config, run.catalogue, model, me)
-            with marked(config.out, me, lambda: peers.step):
-                return _run(run, model, changed, peers, on_step)
+            return _run(run, model, changed, peers, on_step)
 
 
 def _run(

@@ -66,6 +66,7 @@ def _draw(run: Run, model: nn.Module, seeds: Sequence[int], labels: Sequence[int
 
 
 def validation_of(run: Run, state: TrainState) -> StrataLoss:
+    """Loss of the averaged weights on the examples set aside; all processes take part."""
     assert run.triples is not None
     objective = run.config.objective
     return validate(
@@ -79,6 +80,7 @@ def validation_of(run: Run, state: TrainState) -> StrataLoss:
 
 
 def baselines_of(run: Run) -> Baselines:
+    """Losses of the best constant and the best linear denoiser on the same examples."""
     assert run.triples is not None
     moments = example_moments(run.examples, run.split.train.tolist())
     return baselines(moments, run.triples, validation_unit(run.config.objective))

@@ -41,13 +41,12 @@ def locked(folder: Path, me: World, *, steal: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def refusals_marked(folder: Path, me: World) -> Iterator[None]:
-    """Leave word of errors that come before the run holds its folder."""
+def refusals_marked(folder: Path) -> Iterator[None]:
+    """Leave word of errors that come before the run holds its folder, on whichever process."""
     try:
         yield
     except SmaltiError as error:
-        if me.rank == 0:
-            mark_refused(folder, error)
+        mark_refused(folder, error)
         raise
 
 
