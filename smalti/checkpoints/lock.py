@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from smalti.errors import RunLockedError, StorageError
+from smalti.storage.filesystem import free_text
 from smalti.storage.process import Process, is_dead
 
 _FILE = ".lock"
@@ -90,12 +91,16 @@ class RunLock:
                 "if that run is over, start this one with --steal"
             )
         me = asdict(Process.current()) | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        except OSError as error:
+            raise self._cannot_lock(error) from error
 
     def _cannot_lock(self, error: OSError) -> StorageError:
         return StorageError(
-            f"run folder {self.folder} cannot be locked: {error.strerror}; choose a folder on a disk you may write to"
+            f"run folder {self.folder} cannot be locked: {error.strerror}; {free_text(self.folder)}: make room, or "
+            "choose a folder on a disk you may write to"
         )
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from smalti.errors import StorageError
-from smalti.storage.filesystem import LocalFileSystem
+from smalti.storage.filesystem import LocalFileSystem, free_text
 from smalti.storage.replacing import replace_file
 
 
@@ -39,4 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _refused(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"{path} cannot be written: {error.strerror or error}; free space or choose another --out")
+    free = free_text(path.parent)
+    return StorageError(
+        f"{path} cannot be written: {error.strerror or error}; {free}: make room or choose another --out"
+    )

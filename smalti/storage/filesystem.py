@@ -177,17 +177,26 @@ def require_space(fs: FileSystem, folder: Path, needed: int, what: str) -> None:
 
 @contextlib.contextmanager
 def storage_errors(fs: FileSystem, folder: Path, needed: int, what: str, advice: str) -> Iterator[None]:
-    """Turn any OSError of the body into a StorageError that names the folder and the bytes needed and free."""
+    """Turn any OSError of the body into a StorageError that names the folder and the bytes needed and free.
+
+    Args:
+        needed: 0 = unknown.
+    """
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        try:
-            free = f"{fs.free_bytes(folder):,}"
-        except OSError:
-            free = "an unknown number of"
+        need = f"it needs {needed:,} bytes, " if needed else ""
         raise StorageError(
-            f"{what} in {folder} failed: {error.strerror or error}; it needs {needed:,} bytes, {free} bytes are free. "
-            f"{advice}",
+            f"{what} in {folder} failed: {error.strerror or error}; {need}{free_text(folder, fs)}. {advice}",
         ) from error
+
+
+def free_text(path: Path, fs: FileSystem | None = None) -> str:
+    """How much room there is where `path` is or would be, as part of a message."""
+    there = next((place for place in (path, *path.parents) if place.exists()), path)
+    try:
+        return f"{(fs or LocalFileSystem()).free_bytes(there):,} bytes are free"
+    except OSError:
+        return "an unknown number of bytes are free"

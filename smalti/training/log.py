@@ -1,11 +1,12 @@
 """What a run writes down: JSON lines always, TensorBoard where it is installed."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 from smalti.errors import StorageError
-from smalti.storage.filesystem import LocalFileSystem
+from smalti.storage.filesystem import LocalFileSystem, free_text
 from smalti.storage.replacing import replace_file
 
 
@@ -30,11 +31,17 @@ class RunLog:
             self._file = self.path.open("a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        self._board = None
+        self._board, self._hook = None, threading.excepthook
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # heavy, optional
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            threading.excepthook = self._told_later
+            try:
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            except OSError as error:
+                self._file.close()
+                threading.excepthook = self._hook
+                raise _cannot_write(folder / "tensorboard", error) from error
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One event: `train`, `validation`, `quality` (metrics) or `baseline`, with its numbers."""
@@ -43,23 +50,38 @@ class RunLog:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{event}/{name}", value, step)
+            try:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(f"{event}/{name}", value, step)
+            except OSError as error:  # of its thread, that wrote something earlier
+                raise _cannot_write(self.path.with_name("tensorboard"), error) from error
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
         try:
             self._file.close()
         except OSError as error:  # what could not be written is tried again here
             raise _cannot_write(self.path, error) from error
+        finally:
+            if self._board is not None:
+                try:
+                    self._board.flush()  # `close` would not tell of what its thread failed with
+                    self._board.close()
+                except OSError as error:
+                    raise _cannot_write(self.path.with_name("tensorboard"), error) from error
+                finally:
+                    threading.excepthook = self._hook
+
+    def _told_later(self, failed: threading.ExceptHookArgs) -> None:
+        """Without the traceback of TensorBoard's thread, whose error is raised by the next `write` or by `close`."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
+            self._hook(failed)
 
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"{path} cannot be written: {error.strerror or error}; what was stored before is untouched: free space or "
-        "choose another --out"
+        f"{path} cannot be written: {error.strerror or error}; what was stored before is untouched, "
+        f"{free_text(path.parent)}: make room or choose another --out"
     )
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from dataclasses import asdict
@@ -65,6 +66,18 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be locked"):
         RunLock(tmp_path / "file" / "run").__enter__()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_folder_free(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StorageError, match=r"locked: No space left on device; [\d,]+ bytes are free: make"):
+            RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path):
+        pass
 
 
 def test_this_process_lives_and_one_that_never_was_does_not():

@@ -4,15 +4,13 @@ Needs root and a loop device. Where those are not to be had, the model of a disk
 """
 
 import errno
-import fcntl
 import gc
 import os
 import random
 import shutil
-import struct
-import subprocess
 from pathlib import Path
 
+import disks
 import pytest
 import torch
 
@@ -25,50 +23,17 @@ from smalti.training.guard import Guard
 from smalti.training.log import RunLog
 from smalti.training.status import mark_preempted
 
-SHUTDOWN, WITHOUT_THE_JOURNAL = 0x8004587D, struct.pack("I", 2)
-
 pytestmark = pytest.mark.faults
-
-
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-class Disk:
-    """A file system of a few megabytes that can be mounted, cut and mounted again."""
-
-    def __init__(self, folder, *options):
-        self.image, self.root, self.options = folder / "image", folder / "mounted", options
-        self.root.mkdir()
-
-    def mount(self):
-        done = run("mount", *self.options, str(self.image), str(self.root))
-        if done.returncode:
-            pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
-
-    def cut(self):
-        descriptor = os.open(self.root, os.O_RDONLY)
-        try:
-            fcntl.ioctl(descriptor, SHUTDOWN, WITHOUT_THE_JOURNAL)
-        finally:
-            os.close(descriptor)
-
-    def unmount(self):
-        gc.collect()  # a traceback may hold a mapped file
-        done = run("umount", str(self.root))
-        if done.returncode:
-            run("umount", "--lazy", str(self.root))  # so that nothing stays behind
-        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
 def disk(tmp_path):
     if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
         pytest.skip("mounting a file system needs root and mkfs.ext4")
-    disk = Disk(tmp_path, "-o", "loop")
+    disk = disks.Disk(tmp_path, "-o", "loop")
     with disk.image.open("wb") as file:
         file.truncate(32 << 20)
-    assert run("mkfs.ext4", "-q", str(disk.image)).returncode == 0
+    assert disks.run("mkfs.ext4", "-q", str(disk.image)).returncode == 0
     disk.mount()
     yield disk
     if os.path.ismount(disk.root):
@@ -233,10 +198,7 @@ def test_what_else_a_run_depends_on_is_there_after_a_power_cut(disk, name):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    disk = Disk(tmp_path, "-t", "tmpfs", "-o", "size=8m")
-    disk.mount()
+    disk = disks.small_disk(tmp_path, "8m")
     yield disk.root
     disk.unmount()
 

@@ -174,6 +174,31 @@ def test_a_full_disk_is_one_line(tmp_path):
         log.close()  # what could not be written is tried again
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_a_disk_that_is_full_for_tensorboard_alone_is_one_line(tmp_path, monkeypatch, capfd, when):
+    """Its own thread would print a traceback."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if when == "at the start":
+        monkeypatch.setattr(RecordWriter, "write", full)
+        with pytest.raises(StorageError, match=r"tensorboard cannot be written: No space left") as caught:
+            RunLog(tmp_path, -1, tensorboard=True)
+    else:
+        log = RunLog(tmp_path, -1, tensorboard=True)
+        monkeypatch.setattr(RecordWriter, "write", full)
+        with pytest.raises(StorageError, match=r"tensorboard cannot be written: No space left") as caught:  # noqa: PT012
+            log.write("train", 1, loss=1.0)
+            log.close()
+        assert steps(tmp_path) == [1]
+    assert "bytes are free" in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
 def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path):
     pytest.importorskip("tensorboard")
     assert tensorboard_installed()
