@@ -8,10 +8,11 @@ STAMP := $(VENV)/.smalti-installed
 # long, the default, costs far more when something else wants the second core.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help setup demo test test-long test-faults lint gpu clean
+.PHONY: help setup demo demo-latents test test-long test-faults lint gpu clean
 
 help:
 	@echo "make demo   train the four backbones on the shipped emoji (under 20 minutes on 2 cores), and a page that compares them"
+	@echo "make demo-latents   the same images through an autoencoder: train it, train on its latents, sample, evaluate (12 minutes)"
 	@echo "make test   run the tests (some minutes); make test-long runs the long ones that it leaves out"
 	@echo "make test-faults   the failure table of docs/reliability.md at full count (at most 15 minutes on 2 cores)"
 	@echo "make lint   layering, style and types"
@@ -31,15 +32,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/smalti demo
 
+demo-latents: $(STAMP)
+	$(BIN)/python tools/demo_latents.py
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not long'
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m long
 
-# What shares one run of several processes stays together; all else goes to whichever core is free.
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m faults --full-faults
+	$(BIN)/python -m pytest -n 2 -m faults --full-faults
 
 lint: $(STAMP)
 	$(BIN)/lint-imports

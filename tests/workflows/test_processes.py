@@ -1,7 +1,9 @@
 """What processes_loop.py saw: a run is the same run, however many processes share it and whatever becomes of one."""
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 STEPS_IN_FP32 = 2e-5  # how far weights may drift in 20 steps because sums are taken in another order
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.faults, pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +23,19 @@ def kills(how_often):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory, kills):
-    """The parts asked for, each run once."""
-    found, folder = {}, tmp_path_factory.mktemp("processes")
+    """The parts asked for, each run once, also where several workers of pytest ask."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "processes"
+    folder.mkdir(exist_ok=True)
     paths = [str(HERE.parents[1]), str(HERE.parent / "support"), str(HERE), os.environ.get("PYTHONPATH", "")]
 
     def part(name):
-        if name not in found:
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = folder / f"{name}.json"
+            if found.exists():
+                return json.loads(found.read_text())[name]
+            shutil.rmtree(folder / name, ignore_errors=True)  # of a failed try
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", str(HERE / "processes_loop.py"), str(folder / name), name, str(kills)],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
@@ -35,8 +44,8 @@ def outcome(tmp_path_factory, kills):
                 timeout=280,
             )
             assert done.returncode == 0, done.stderr
-            found.update(json.loads(done.stdout))
-        return found[name]
+            found.write_text(done.stdout)
+            return json.loads(done.stdout)[name]
 
     return part
 
