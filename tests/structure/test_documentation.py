@@ -66,13 +66,21 @@ def test_the_python_of_the_readme_names_things_that_exist():
     assert not [name for name in used if not hasattr(smalti, name)]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide/evaluate.md", "docs/guide/sample.md"])
+SHOWN = [
+    "README.md",
+    *(f"docs/guide/{name}.md" for name in ("evaluate", "sample", "train", "latents", "data", "plan", "launch")),
+]
+
+
+@pytest.mark.parametrize("document", SHOWN)
 def test_every_flag_in_a_command_that_is_shown_is_a_flag(document, capsys):
     from smalti.cli import main
 
     text = (ROOT / document).read_text().replace("\\\n", " ")
-    verbs = "train|sample|evaluate|compare|data check"
+    verbs = "train|sample|evaluate|compare|encode|autoencoder|plan|launch|data check"
     commands = re.findall(rf"^(?:torchrun .* -m )?smalti ({verbs})\b([^#\n]*)", text, flags=re.MULTILINE)
+    launched = re.findall(rf"^smalti launch .* -- ({verbs})\b([^#\n]*)", text, flags=re.MULTILINE)
+    commands = [(verb, flags.partition(" -- ")[0]) for verb, flags in commands] + launched
     assert commands
     for verb, flags in commands:
         with pytest.raises(SystemExit):
