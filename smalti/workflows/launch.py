@@ -17,6 +17,7 @@ Emit = Literal["torchrun", "slurm", "k8s", "skypilot"]
 SHARED = ("sample", "encode")  # verbs whose work is cut into chunks that processes share without talking
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
+_TIME_LIMIT = re.compile(r"(\d+-)?\d+(:\d\d){0,2}|")  # minutes, hours or days, as sbatch reads them
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}  # what fsspec needs for a URL
 
 
@@ -96,6 +97,8 @@ class LaunchRequest:
         for option in (self.partition, self.time_limit, *self.sbatch):
             if not option.isprintable() or "#" in option:
                 raise ConfigError(f"{option!r} cannot stand in a line of a Slurm file")
+        if not _TIME_LIMIT.fullmatch(self.time_limit):
+            raise ConfigError(f"time_limit {self.time_limit!r} is none of Slurm's, such as 90, 12:00:00 or 2-00:00:00")
         if self.emit == "k8s" and not (self.image and self.claim):
             raise ConfigError(
                 "k8s needs --image, which holds Python, torch and smalti, and --claim, the PersistentVolumeClaim that "
