@@ -5,6 +5,7 @@ place with its size, and removed first. A folder without a whole manifest is no 
 """
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -311,12 +312,16 @@ def _connect(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ImportError as error:
         raise ConfigError(f"{shown(url)}: a mirror needs the package fsspec (`pip install fsspec`)") from error
+    if url.startswith(("http://", "https://")):
+        raise ConfigError(f"{shown(url)} is no place for a mirror: nothing can be written there; give s3:// or gs://")
     try:
         remote, root = url_to_fs(url)
     except ImportError as error:
         raise ConfigError(f"{shown(url)} needs another package: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{shown(url)} is no place for a mirror: {error}") from error
+    if "file" in remote.protocol and os.path.lexists(root) and not os.path.isdir(root):
+        raise ConfigError(f"{shown(url)} is a file; a mirror is a folder")
     return remote, str(root)
 
 
