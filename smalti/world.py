@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from smalti.errors import PeerLostError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import Store
+
+T = TypeVar("T")
 
 # Longer than the slowest share of the work may lag behind the fastest; a process that died is noticed at once.
 _PATIENCE = timedelta(hours=12)
@@ -130,6 +132,31 @@ class World:
             PeerLostError: another process ended before it came.
         """
         self.gather_objects(None, group)
+
+    def after_first(self, do: Callable[[], T], name: str) -> T:
+        """What `do` returns, which the others begin when the first process has ended it, well or not.
+
+        For what leaves something on the disk that saves the others the work, however long it takes: nobody's patience
+        runs out meanwhile. Where the processes have no store in common, all do it at once.
+
+        Args:
+            name: tells this occasion apart from others.
+
+        Raises:
+            PeerLostError: the first process ended meanwhile, and the store with it.
+        """
+        if self.store is None:
+            return do()
+        if self.rank == 0:
+            try:
+                return do()
+            finally:
+                self.store.set(f"first/{name}", "done")
+        # A connection of its own: others on this one would wait as well.
+        store = self.store.clone()  # type: ignore[attr-defined]
+        with self._together():
+            store.wait([f"first/{name}"], _PATIENCE)
+        return do()
 
     def _exchange(self, data: bytes, group: "ProcessGroup | None", *, everywhere: bool) -> list[bytes] | None:
         if self.size == 1:

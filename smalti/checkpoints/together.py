@@ -4,7 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smalti.errors import CheckpointError, NumericError, RunLockedError, SmaltiError, StorageError
+from smalti.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericError,
+    RunLockedError,
+    SmaltiError,
+    StorageError,
+)
 from smalti.storage.sealed import NewerFormatError
 from smalti.world import World
 
@@ -14,6 +22,8 @@ if TYPE_CHECKING:
 _KINDS: tuple[type[Exception], ...] = (
     NewerFormatError,
     CheckpointError,
+    ConfigError,
+    DataError,
     NumericError,
     RunLockedError,
     StorageError,

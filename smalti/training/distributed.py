@@ -32,6 +32,7 @@ Checkpointing = Literal["none", "selective", "full"]
 
 # Whose weights autocast rounds at every use; all others it leaves in float32, and so does what is gathered.
 _ROUNDED = (nn.Linear, nn.Conv2d, Pointwise)
+_GROUPS = "_fsdp_param_groups"  # what PyTorch calls the groups of parameters of a sharded module
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,16 @@ class Parallel:
             mesh = _two_way_mesh(config, world, device)
         return cls(config, world, strategy, device, autocast_dtype(precision), mesh)
 
+    @property
+    def note(self) -> str:
+        """What a user would want to know of it; "" = nothing."""
+        if self.mesh is None or self.dtype is None or several_groups():
+            return ""
+        return (
+            f"PyTorch {torch.__version__} can only gather all weights in float32, which is twice the bytes of bf16; "
+            "2.13 and newer gather most of them in bf16"
+        )
+
     def trained(self, network: nn.Module) -> Engine:
         """Make a network ready for training, in place."""
         apply_activation_checkpointing(network, self.config.activation_checkpointing)
@@ -132,14 +143,16 @@ class Parallel:
         """Shard what is not yet, so that it is gathered in what autocast would make of it.
 
         One group of parameters has one dtype, and a module has one group. Parameters that stay in float32 get a second
-        group beside it, gathered at the same moments; the phases of a state space would not survive 8 bits.
+        group beside it, gathered at the same moments; the phases of a state space would not survive 8 bits. Where a
+        module cannot have two, all is gathered in float32, and autocast rounds.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        dtype = self.dtype if several_groups() else None
         policy = MixedPrecisionPolicy(
-            param_dtype=self.dtype, reduce_dtype=torch.float32 if self.dtype else None, cast_forward_inputs=False
+            param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
         )
-        wide = _wide_parameters(module) if self.dtype is not None else []
+        wide = _wide_parameters(module) if dtype is not None else []
         fully_shard(module, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=set(wide))
         if wide:
             _add_group(module, wide, MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -195,13 +208,7 @@ def _add_group(module: nn.Module, parameters: list[nn.Parameter], policy: Any) -
     """
     from torch.distributed.fsdp import fully_shard
 
-    state = fully_shard.state(module)  # type: ignore[attr-defined]
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        raise ConfigError(
-            f"bf16 with parameters in parts needs PyTorch 2.13 or newer, this is {torch.__version__}: choose "
-            "--precision fp32 or --parallel.strategy ddp"
-        )
+    groups = getattr(fully_shard.state(module), _GROUPS)  # type: ignore[attr-defined]
     if not groups:  # nothing but wide parameters: the module has no group yet
         raise AssertionError("a part of a network without a matrix product")
     first = groups[0]
@@ -217,6 +224,13 @@ def _add_group(module: nn.Module, parameters: list[nn.Parameter], policy: Any) -
             first.offload_policy,
         )
     )
+
+
+def several_groups() -> bool:
+    """Whether a module can hold parameters that are gathered in several dtypes: since PyTorch 2.13."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState  # as `fully_shard` gives every module
+
+    return hasattr(FSDPState(), _GROUPS)
 
 
 def _forget(module: nn.Module, args: object, output: object) -> None:

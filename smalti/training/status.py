@@ -64,18 +64,22 @@ def mark_preempted(folder: Path, step: int, signal_name: str, fs: FileSystem | N
     _write(folder, PREEMPTED, {"step": str(step), "signal": signal_name}, fs)
 
 
-def mark_failed(folder: Path, error: SmaltiError, fs: FileSystem | None = None) -> None:
+def mark_failed(folder: Path, error: SmaltiError, fs: FileSystem | None = None, *, since: float = 0.0) -> None:
     """Ended by an error that the user can mend.
 
     Of several processes each may call this: the word of one that names a cause stands against those that only noticed
     that another was gone.
+
+    Args:
+        since: when this start of the run began, in seconds since the epoch; the words of others do not stand.
 
     Raises:
         StorageError: the disk refuses.
     """
     with storage_errors(LocalFileSystem(), folder, 0, "reading the mark of another process", "Check its permissions"):
         before = read_status(folder)
-    if before.kind == "failed" and not before.retry:
+        told = (folder / FAILED).stat().st_mtime if before.kind == "failed" else 0.0
+    if before.kind == "failed" and not before.retry and told >= since:
         return
     retry = "no" if error.exit_code in NOT_RETRIED else "yes"
     message = " ".join(str(error).split())
@@ -91,7 +95,7 @@ def mark_finished(folder: Path, step: int, fs: FileSystem | None = None) -> None
     _write(folder, FINISHED, {"step": str(step)}, fs)
 
 
-def mark_refused(folder: Path, error: SmaltiError) -> None:
+def mark_refused(folder: Path, error: SmaltiError, *, since: float = 0.0) -> None:
     """As `mark_failed`, for errors before the run holds its folder, such as settings that do not fit.
 
     Nothing is written where the folder does not exist, where another run holds it, and where the disk refuses: the
@@ -100,7 +104,7 @@ def mark_refused(folder: Path, error: SmaltiError) -> None:
     if not folder.is_dir() or isinstance(error, RunLockedError):
         return
     with contextlib.suppress(RunLockedError, StorageError), RunLock(folder):
-        mark_failed(folder, error)
+        mark_failed(folder, error, since=since)
 
 
 @contextmanager

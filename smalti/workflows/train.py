@@ -28,6 +28,7 @@ from smalti.training.state import TrainState
 from smalti.training.stop import StopRequest
 from smalti.training.validation import StrataLoss
 from smalti.workflows.progress import ProgressReport
+from smalti.workflows.run_identity import identity_of, refuse_another_run
 from smalti.workflows.train_looks import baselines_of, quality_samples, quality_values, save_preview, validation_of
 from smalti.workflows.train_setup import Run, model_extra, new_state, prepare_run
 from smalti.workflows.train_together import (
@@ -111,6 +112,8 @@ def _run(
         progress = at_end.enter_context(ProgressReport("training", config.steps, out=silence))
         saver = at_end.enter_context(AsyncSaver(store, timeout=60 * config.parallel.timeout_minutes))
         start = _Start(run, model, store, saver, changed, lines)
+        if run.parallel.note:
+            progress.note(run.parallel.note)
         while (finished := _train(start, stop, progress, peers, on_step)) is None:
             changed.clear()  # told once
         state, loss = finished
@@ -151,7 +154,9 @@ def _train(
     state = new_state(run, start.model)
     stored = start.store.load_newest(on_skip=lambda reason: progress.note(f"passed over {reason}"))
     start.store.name_run((stored.run_id if stored is not None else None) or known_run(config.out, me))
+    identity = identity_of(config, run.catalogue)
     if stored is not None:
+        refuse_another_run(stored.state.get("identity"), config, run.catalogue, str(stored.path))
         state.restore(stored)
         progress.note(f"continuing {config.out} at step {state.step}")
         progress.continue_from(state.step)
@@ -195,15 +200,16 @@ def _train(
                 log.write("validation", step, loss=loss.mean, strata=list(loss.strata))
             if run.quality is not None and _due(step, config.quality.every, last):
                 looked = run.quality.look(quality_samples(run, state.ema.model))
-                log.write("quality", step, **quality_values(looked))
-                progress.note(run.quality.sentence(step, looked))
+                if looked is not None:
+                    log.write("quality", step, **quality_values(looked))
+                    progress.note(run.quality.sentence(step, looked))
             if _due(step, config.sample_every, last):
                 save_preview(run, state.ema.model, config.out / "samples" / f"step-{step:07d}.png")
             if report.failed:
                 saver.wait()
             told = stop.received if me.size == 1 else report.stop  # alone, no need to wait for the next exchange
             if _due(step, config.checkpoint_every, last) or last or told:
-                saver.save(step, state.groups(), state.counters(), score=score)
+                saver.save(step, state.groups(), state.counters() | {"identity": identity}, score=score)
                 warn_of_slow_saves(saver.seconds, log, step, progress)
             if last or told or config.store.wait:
                 saver.wait()

@@ -1,5 +1,6 @@
 """How a training run is looked at on the way: samples, validation, lines to compare with."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,20 +21,26 @@ from smalti.training.validation import StrataLoss, validate, validation_unit
 from smalti.workflows.train_setup import Run
 
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 4
+_PIECE = 32  # samples drawn at once: fixed, so that their bits depend on nothing else
 
 
 def save_preview(run: Run, model: nn.Module, path: Path) -> None:
-    """A grid of samples with fixed seeds, one row per class (the first ten), or four rows of one kind."""
+    """A grid of samples with fixed seeds, one row per class (the first ten), or four rows of one kind; each process
+    draws its share."""
     classes = min(PREVIEW_ROWS, len(run.catalogue.class_names)) if run.batches.conditional else 0
     labels = [k for k in range(classes) for _ in range(PREVIEW_COLUMNS)] if classes else None
     count = len(labels) if labels is not None else PREVIEW_COLUMNS**2
-    images = torch.cat(list(_draw(run, model, range(count), labels)))
-    if run.world.rank == 0:  # all draw, because the network may be in parts
-        save_grid(images, path, columns=PREVIEW_COLUMNS)
+    images = list(_draw(run, model, range(count), labels))
+    rows, columns = run.codec.facts.image_size(run.examples.sample_shape[1:])
+    own = torch.cat(images) if images else torch.empty(0, 3, rows, columns)
+    found = run.world.gather({"images": own.flatten(1)})
+    if found is not None:
+        save_grid(found["images"].view(-1, 3, rows, columns), path, columns=PREVIEW_COLUMNS)
 
 
 def quality_samples(run: Run, model: nn.Module) -> Iterator[Tensor]:
-    """8-bit samples of the same seeds at every look, so that the curve shows the network and not the draw."""
+    """8-bit samples of the same seeds at every look, so that the curve shows the network and not the draw; this
+    process's share of them."""
     seeds = range(run.config.quality.images)
     classes = len(run.catalogue.class_names) if run.batches.conditional else 0
     labels = [streams.key(seed, streams.SAMPLE_LABEL) % classes for seed in seeds] if classes else None
@@ -47,22 +54,33 @@ def quality_values(found: Mapping[str, Estimate]) -> dict[str, float]:
 
 
 def _draw(run: Run, model: nn.Module, seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[Tensor]:
-    """Samples as `preview` says, decoded, (B, 3, H, W) pieces on the CPU."""
+    """This process's share of samples as `preview` says, decoded, (B, 3, H, W) pieces on the CPU.
+
+    Of a network in parts every process draws all of them, because each step is one of all together, and decodes its
+    share. The pieces are those of a single process, whatever the number of processes.
+    """
+    share = run.world.share(len(seeds), _PIECE)
+    all_together = run.parallel.mesh is not None
+    drawn = range(len(seeds)) if all_together else share
+    if not drawn:
+        return iter(())
     batches = sample_latents(
         model,
-        seeds=seeds,
-        class_labels=labels,
+        seeds=seeds[drawn.start : drawn.stop],
+        class_labels=None if labels is None else labels[drawn.start : drawn.stop],
         sample_shape=run.examples.sample_shape,
         schedule=run.schedule,
         config=run.config.preview,
         prediction=run.config.objective.prediction,
         learned_variance=config_of(model).learned_variance,
         null_class=run.batches.null_class,
-        micro_batch=32,
+        micro_batch=_PIECE,
         device=run.device,
         autocast=autocast_dtype(run.config.precision),
     )
-    return decode_batches(run.codec, (batch.latents for batch in batches))
+    starts = itertools.count(drawn.start, _PIECE)
+    own = (batch.latents for start, batch in zip(starts, batches, strict=False) if start in share)
+    return decode_batches(run.codec, own)
 
 
 def validation_of(run: Run, state: TrainState) -> StrataLoss:

@@ -1,11 +1,13 @@
 """What stays the same during a training run, and what it begins from."""
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from smalti import streams
+from smalti.checkpoints.together import Together
 from smalti.config import to_dict
 from smalti.data import Split, split
 from smalti.data.examples import Examples
@@ -71,15 +73,40 @@ def model_config(config: RunConfig, examples: Examples) -> BackboneConfig:
 def prepare_run(config: RunConfig, me: World | None = None) -> tuple[Run, BackboneConfig]:
     """Load the images and settle everything that stays the same; nothing is written.
 
+    The first process loads them first: of images that are new to it, it makes a list that the others then find.
+
     Raises:
-        SmaltiError: settings, images or the two together do not fit.
+        SmaltiError: settings, images or the two together do not fit, or another process says so.
     """
     me = World() if me is None else me
     device = me.device(resolve_device(config.device))
+    found: list[_Alone] = []
+    Together(me).step(lambda: found.append(_prepare_alone(config, me, device)), lambda answers: None)
+    model, examples, codec, parts, batches, triples = found[0]
+    quality = prepare_quality(config.quality, examples, codec, parts.train, config.seed, device, me)
+    parallel = Parallel.prepare(config.parallel, me, device, config.precision)
+    return Run(config, device, examples, codec, parts, batches.schedule, batches, triples, quality, parallel), model
+
+
+class _Alone(NamedTuple):
+    """The part of a `Run` that a process prepares by itself."""
+
+    model: BackboneConfig
+    examples: Examples
+    codec: Codec
+    split: Split
+    batches: BatchSource
+    triples: Triples | None
+
+
+def _prepare_alone(config: RunConfig, me: World, device: torch.device) -> _Alone:
     if config.parallel.compile and config.stochastic_depth:
         raise ConfigError("compiled blocks do not see the hooks of stochastic_depth: set it to 0, or leave compile out")
     data = config.data
-    examples = load_examples(data.path, data.image_size, posterior=data.posterior, skip_unreadable=data.skip_unreadable)
+    load = partial(
+        load_examples, data.path, data.image_size, posterior=data.posterior, skip_unreadable=data.skip_unreadable
+    )
+    examples = me.after_first(load, "examples")
     if data.flip and not examples.can_flip:
         raise ConfigError(
             f"data.flip: {data.path} was encoded without mirrored images; encode it again with --flips stored"
@@ -120,9 +147,7 @@ def prepare_run(config: RunConfig, me: World | None = None) -> tuple[Run, Backbo
     triples = make_triples(examples, held_out, schedule, config.seed, conditional=conditional) if held_out else None
     # Opened before the first step, so that it is not found missing at the first picture.
     codec = codec_of(examples.codec, device=device) if config.sample_every or config.quality.every else PixelCodec()
-    quality = prepare_quality(config.quality, examples, codec, parts.train, config.seed, device)
-    parallel = Parallel.prepare(config.parallel, me, device, config.precision)
-    return Run(config, device, examples, codec, parts, schedule, batches, triples, quality, parallel), model
+    return _Alone(model, examples, codec, parts, batches, triples)
 
 
 def new_state(run: Run, model: BackboneConfig) -> TrainState:

@@ -1,6 +1,7 @@
 """What the processes of one training run do as one: hold its folder, agree on what it is, write, and make room."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -43,10 +44,11 @@ def locked(folder: Path, me: World, *, steal: bool = False) -> Iterator[None]:
 @contextmanager
 def refusals_marked(folder: Path) -> Iterator[None]:
     """Leave word of errors that come before the run holds its folder, on whichever process."""
+    since = time.time()
     try:
         yield
     except SmaltiError as error:
-        mark_refused(folder, error)
+        mark_refused(folder, error, since=since)
         raise
 
 
