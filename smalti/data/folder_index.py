@@ -1,5 +1,6 @@
 """The stored index of a folder of images: what was found in each file, and how the file looked from outside then."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -27,7 +28,9 @@ def read_known(root: Path) -> Known | None:
     for path in (index_path(root), root / BESIDE / _FILE):
         found = read_index(path)
         if found is not None and (found.facts.get("format"), found.facts.get("version")) == (FORMAT, VERSION):
-            return _known_of(found)
+            # A digest is no signature: an index may be a stranger's, copied together with his images.
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
+                return _known_of(found)
     return None
 
 
@@ -72,6 +75,8 @@ def _stored(known: Known) -> StoredIndex:
 def _known_of(found: StoredIndex) -> Known:
     facts, columns = found.facts, found.columns
     kinds, notes = facts["kinds"], facts["notes"]
+    if bool((columns["image_size"] < 1).any()) or bool((columns["kind"] < 0).any()):
+        raise ValueError("images of no size or kind")
     digests = columns["sha256"].tobytes().hex()
     rows = zip(
         found.names["paths"],
@@ -96,5 +101,7 @@ def _known_of(found: StoredIndex) -> Known:
         )
         known[path] = Stamp(*stamp), entry
     for size, mtime_ns, ctime_ns, path, reason, other in facts["rejected"]:
+        if not (isinstance(path, str) and isinstance(reason, str)):
+            raise ValueError("a rejected file without a name")
         known[path] = Stamp(size, mtime_ns, ctime_ns), RejectedFile(path, reason, other)
     return known

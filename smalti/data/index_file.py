@@ -6,8 +6,10 @@ bytes. Whatever is damaged, of another version or of other data counts as not th
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +21,7 @@ from smalti.storage.filesystem import LocalFileSystem, make_folders
 from smalti.storage.replacing import replace_file
 
 _MAGIC = b"smalti index 1\n"
+_AT_ONCE = 1 << 16  # numbers as Python objects
 
 
 def cache_folder() -> Path:
@@ -33,10 +36,13 @@ class PackedNames(Sequence[str]):
         self.text, self.ends = text, ends
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> "PackedNames":
+    def of(cls, names: Iterable[str]) -> "PackedNames":
         """Of names as `os.fsdecode` spells them."""
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
+        text, ends = bytearray(), array("q")
+        for name in names:
+            text += name.encode("utf-8", "surrogateescape")
+            ends.append(len(text))
+        return cls(bytes(text), np.array(ends, np.int64))
 
     @classmethod
     def joined(cls, parts: Sequence["PackedNames"]) -> "PackedNames":
@@ -63,9 +69,10 @@ class PackedNames(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         start = 0
-        for end in self.ends.tolist():
-            yield self.text[start:end].decode("utf-8", "surrogateescape")
-            start = end
+        for first in range(0, len(self.ends), _AT_ONCE):
+            for end in self.ends[first : first + _AT_ONCE].tolist():
+                yield self.text[start:end].decode("utf-8", "surrogateescape")
+                start = end
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,17 +108,30 @@ def parse_index(data: bytes) -> StoredIndex | None:
     body = memoryview(data)[head_end:]
     if hashlib.sha256(body).hexdigest().encode() + b"\n" != data[len(_MAGIC) : head_end]:
         return None
-    # Whole, so written by `index_bytes`: what follows cannot fail.
+    # Whole, but a digest is no signature: it may be a stranger's, copied together with his data.
+    try:
+        return _parse(data, head_end)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
+        return None
+
+
+def _parse(data: bytes, head_end: int) -> StoredIndex:
     line, at = data.index(b"\n", head_end), 0
     head = json.loads(data[head_end:line])
     rest, arrays = memoryview(data)[line + 1 :], {}
     for name, (kind, shape) in head["columns"].items():
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays[name] = np.frombuffer(rest, np.dtype(kind), count, at).reshape(shape)
+        if np.dtype(kind).kind not in "iu" or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"a column of {kind}, {shape}")
+        arrays[name] = np.frombuffer(rest, np.dtype(kind), math.prod(shape), at).reshape(shape)
         at += arrays[name].nbytes
-    names = {
-        name: PackedNames(arrays.pop(f"{name} text").tobytes(), arrays.pop(f"{name} ends")) for name in head["names"]
-    }
+    names = {}
+    for name in head["names"]:
+        text, ends = arrays.pop(f"{name} text").tobytes(), arrays.pop(f"{name} ends")
+        if ends.ndim != 1 or np.any(np.diff(ends, prepend=0) < 0) or int(ends[-1] if len(ends) else 0) != len(text):
+            raise ValueError("names that end where there are none")
+        names[name] = PackedNames(text, ends)
+    if not isinstance(head["facts"], dict):
+        raise ValueError("facts of no kind")
     return StoredIndex(head["facts"], arrays, names)
 
 

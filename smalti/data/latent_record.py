@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from smalti.config import from_dict, to_dict
 from smalti.data.image_set import Catalogue
+from smalti.data.index_file import PackedNames
 from smalti.errors import CheckpointError, ConfigError
 from smalti.latents import CodecFacts
 from smalti.storage.objects import ByteStore
@@ -150,9 +150,36 @@ def read_record(store: ByteStore) -> LatentRecord:
     document = unseal(store.read(RECORD), where)
     check_format(document, FORMAT, VERSION, where)
     try:
-        return from_dict(LatentRecord, document.get("record"), where)
+        record = from_dict(LatentRecord, document.get("record"), where)
+        impossible = _impossible(record)
     except ConfigError as error:
         raise CheckpointError(f"{error}; it was written by another smalti than this one") from error
+    if impossible:
+        raise CheckpointError(f"{where} describes latents that cannot be: {impossible}; encode them again")
+    return record
+
+
+def _impossible(record: LatentRecord) -> str:
+    """What contradicts itself, or "". A digest is no signature: the record may be a stranger's, like his latents."""
+    identity = record.identity
+    for name in ("count", "source_count", "chunk_rows", "batch", "threads"):
+        if not 1 <= getattr(identity, name) < 1 << 48:
+            return f"{name} is {getattr(identity, name)}"
+    if min(identity.image_size) < 1 or max(identity.image_size) > 1 << 20:
+        return f"images of {identity.image_size}"
+    if not 1 <= identity.codec.channels <= 1 << 12 or not 1 <= identity.codec.factor <= 1 << 12:
+        return f"a codec of {identity.codec.channels} channels and factor {identity.codec.factor}"
+    if identity.count > identity.source_count:
+        return f"{identity.count} of {identity.source_count} images"
+    if record.index is None:
+        return "" if not record.chunks else "chunks without an index"
+    if len(record.chunks) != identity.chunks:
+        return f"{len(record.chunks)} chunks of {identity.chunks}"
+    for number, file in enumerate(record.chunks):
+        need = len(identity.rows(number)) * identity.row_bytes
+        if file.offset < 8 or file.offset + need > file.bytes:
+            return f"{chunk_name(number)} of {file.bytes} bytes, whose rows need {need} from byte {file.offset} on"
+    return ""
 
 
 def chunk_name(index: int) -> str:
@@ -173,16 +200,36 @@ def index_tensors(images: Catalogue, count: int, checksums: Tensor) -> dict[str,
     return tensors | ({} if items == splits else _packed_names("split_names", splits))
 
 
+def impossible_index(tensors: dict[str, Tensor], record: LatentRecord) -> str:
+    """Why this is not the content of `index.safetensors` of these latents, or ""."""
+    count, classes = record.identity.count, len(record.class_names)
+    wanted = {"class_labels": (count if classes else 0,), "crc32": (count, record.identity.views)}
+    columns = ["item_names", *(["split_names"] if "split_names.ends" in tensors else [])]
+    wanted |= {f"{column}.ends": (count,) for column in columns}
+    for name, shape in wanted.items():
+        if name not in tensors or tensors[name].dtype != torch.int64 or tuple(tensors[name].shape) != shape:
+            return f"{name} is no table of {shape} whole numbers"
+    labels, checksums = tensors["class_labels"], tensors["crc32"]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        return f"labels from {int(labels.min())} to {int(labels.max())} of {classes} classes"
+    if not 0 <= int(checksums.min()) <= int(checksums.max()) < 1 << 32:
+        return "checksums of more than 32 bits"
+    for column in columns:
+        text, ends = tensors.get(f"{column}.bytes"), tensors[f"{column}.ends"]
+        if text is None or text.dtype != torch.uint8 or text.ndim != 1:
+            return f"{column} have no letters"
+        if int(ends[0]) < 0 or bool((ends[1:] < ends[:-1]).any()) or int(ends[-1]) != len(text):
+            return f"{column} end where there are none"
+    return ""
+
+
 def _packed_names(column: str, names: Sequence[str]) -> dict[str, Tensor]:
     """Texts as one array of bytes and where each of them ends."""
-    # surrogateescape is how Python spells file names that are not UTF-8.
-    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-    flat = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
-    return {f"{column}.bytes": torch.from_numpy(flat), f"{column}.ends": torch.from_numpy(ends)}
+    packed = PackedNames.of(names)
+    flat = np.frombuffer(packed.text, dtype=np.uint8).copy()
+    return {f"{column}.bytes": torch.from_numpy(flat), f"{column}.ends": torch.from_numpy(packed.ends)}
 
 
-def names_of(column: str, index: dict[str, Tensor]) -> tuple[str, ...]:
+def names_of(column: str, index: dict[str, Tensor]) -> PackedNames:
     """A column of names of `index.safetensors`."""
-    flat, ends = index[f"{column}.bytes"].numpy().tobytes(), [0, *index[f"{column}.ends"].tolist()]
-    return tuple(flat[start:stop].decode("utf-8", "surrogateescape") for start, stop in pairwise(ends))
+    return PackedNames(index[f"{column}.bytes"].numpy().tobytes(), index[f"{column}.ends"].numpy())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smalti.data.examples import ExampleBatch
 from smalti.data.image_set import Catalogue
-from smalti.data.latent_record import INDEX, RECORD, LatentRecord, chunk_name, names_of, read_record
+from smalti.data.latent_record import INDEX, RECORD, LatentRecord, chunk_name, impossible_index, names_of, read_record
 from smalti.data.order import Order
 from smalti.errors import ConfigError, DataError
 from smalti.latents import CodecFacts
@@ -38,6 +38,8 @@ def is_latents(spec: str | Path) -> bool:
     """
     if not is_url(spec):
         return (Path(spec) / RECORD).is_file()
+    if str(spec).partition("?")[0].endswith(".tar"):  # some stores forbid what is not there, which would be an error
+        return False
     try:
         open_store(spec).size(RECORD)
     except MissingObjectError:
@@ -63,13 +65,15 @@ def open_latents(place: str | Path) -> "LatentSet":
                         ) from error  # fmt: skip
     if record.index is None:
         raise DataError(f"{store.place} is not finished; run the `smalti encode` command that began it again")
-    data = store.read(INDEX)
+    data = store.read(INDEX) if store.size(INDEX) == record.index.bytes else b""
     if len(data) != record.index.bytes or hashlib.sha256(data).hexdigest() != record.index.sha256:
         raise DataError(f"{store.place}/{INDEX} is damaged: its size or sha256 is not the one in {RECORD}")
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise DataError(f"{store.place}/{INDEX} is damaged: {error}") from error
+    if impossible := impossible_index(tensors, record):
+        raise DataError(f"{store.place}/{INDEX} does not fit {RECORD}: {impossible}; encode them again")
     return LatentSet(store, record, tensors)
 
 
@@ -100,11 +104,11 @@ class LatentSet:
         return self._index["class_labels"].numpy()
 
     @cached_property
-    def item_names(self) -> tuple[str, ...]:
+    def item_names(self) -> Sequence[str]:
         return names_of("item_names", self._index)
 
     @cached_property
-    def split_names(self) -> tuple[str, ...]:
+    def split_names(self) -> Sequence[str]:
         return names_of("split_names", self._index) if "split_names.ends" in self._index else self.item_names
 
     @cached_property

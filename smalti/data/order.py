@@ -1,12 +1,12 @@
 """Which image comes when, and which images training never sees: pure functions of a seed, with no state to save."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from smalti.data.grouping import grouped, text_digests
 from smalti.data.image_set import Catalogue
 from smalti.errors import ConfigError, DataError
 from smalti.streams import ORDER, SPLIT, key, permute, splitmix64
@@ -39,17 +39,19 @@ def split(image_set: Catalogue, validation_fraction: float, seed: int, *, allow_
     """
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation fraction {validation_fraction} is outside [0, 1)")
-    name_of, group_of = _grouped(image_set.split_names)
-    count = round(validation_fraction * len(name_of))
-    if count == len(name_of) or (validation_fraction > 0 and count == 0):
+    names = image_set.split_names
+    digests = text_digests(names, len(names))
+    group_of, first = grouped(digests)
+    count = round(validation_fraction * len(first))
+    if count == len(first) or (validation_fraction > 0 and count == 0):
         raise DataError(
-            f"{image_set.name}: a validation fraction of {validation_fraction} sets {count} of {len(name_of)} names "
+            f"{image_set.name}: a validation fraction of {validation_fraction} sets {count} of {len(first)} names "
             f"aside; choose another fraction or add images"
         )
-    is_held_out = _first_by_rank(name_of, count, seed)[group_of]
+    is_held_out = _first_by_rank(digests[first, 0], lambda group: names[int(first[group])], count, seed)[group_of]
     train, validation = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if image_set.class_names and not allow_empty:
-        unseen = sorted({*image_set.class_labels[validation]} - {*image_set.class_labels[train]})
+        unseen = np.setdiff1d(image_set.class_labels[validation], image_set.class_labels[train]).tolist()
         if unseen:
             shown = ", ".join(repr(image_set.class_names[label]) for label in unseen[:5])
             raise DataError(
@@ -59,25 +61,21 @@ def split(image_set: Catalogue, validation_fraction: float, seed: int, *, allow_
     return Split(train=train, validation=validation)
 
 
-def _grouped(split_names: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Each name once, and for each example the place of its name among them."""
-    places: dict[str, int] = {}
-    group_of = np.fromiter((places.setdefault(name, len(places)) for name in split_names), np.int64, len(split_names))
-    return list(places), group_of
+def _first_by_rank(digests: np.ndarray, name_of: Callable[[int], str], count: int, seed: int) -> np.ndarray:
+    """Which names are the first `count` when sorted by (key(seed, SPLIT, id of the name), name).
 
-
-def _first_by_rank(names: Sequence[str], count: int, seed: int) -> np.ndarray:
-    """Which names are the first `count` when sorted by (key(seed, SPLIT, id of the name), name)."""
-    chosen = np.zeros(len(names), dtype=bool)
+    Args:
+        digests: the first 8 bytes of the SHA-256 of each name.
+    """
+    chosen = np.zeros(len(digests), dtype=bool)
     if count == 0:
         return chosen
     # `key` for all names at once; Python's integers take minutes for the millions of a large set.
-    digests = b"".join(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in names)
     state = splitmix64(splitmix64(splitmix64(seed & _MASK)) ^ splitmix64(SPLIT))
-    keys = splitmix64_of(np.uint64(splitmix64(state)) ^ splitmix64_of(np.frombuffer(digests, "<u8")))
+    keys = splitmix64_of(np.uint64(splitmix64(state)) ^ splitmix64_of(digests))
     cut = np.partition(keys, count - 1)[count - 1]
     chosen[keys < cut] = True
-    at_the_cut = sorted(np.flatnonzero(keys == cut).tolist(), key=lambda place: names[place])
+    at_the_cut = sorted(np.flatnonzero(keys == cut).tolist(), key=name_of)
     chosen[at_the_cut[: count - int(chosen.sum())]] = True
     return chosen
 
@@ -88,6 +86,21 @@ def splitmix64_of(numbers: np.ndarray) -> np.ndarray:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+def permutation(size: int, permutation_key: int) -> np.ndarray:
+    """`smalti.streams.permute` of 0, 1, ..., size - 1 at once, int64: the blocks of 14 million images are 200,000."""
+    half_bits = np.uint64(((size - 1).bit_length() + 1) // 2)
+    half_mask = np.uint64((1 << int(half_bits)) - 1)
+    places, walking = np.arange(size, dtype=np.uint64), np.arange(size if size > 1 else 0)
+    while len(walking):
+        left, right = places[walking] >> half_bits, places[walking] & half_mask
+        for round_index in range(12 if half_bits <= 2 else 6):
+            mixed = splitmix64_of(np.uint64(permutation_key) ^ splitmix64_of(np.uint64(round_index << 60) | right))
+            left, right = right, left ^ (mixed & half_mask)
+        places[walking] = (left << half_bits) | right
+        walking = walking[places[walking] >= size]
+    return places.astype(np.int64)
 
 
 @runtime_checkable
@@ -195,7 +208,10 @@ class SampleOrder:
             if class_labels is None or not len(class_labels):
                 raise ConfigError("class-balanced order was asked for, but the image set has no classes; turn it off")
             labels = np.asarray(class_labels)[self._indices]
-            self._classes = [self._indices[labels == label] for label in np.unique(labels)]
+            # One sort for all classes: a look at all labels for each class takes minutes for the 21,841 of ImageNet.
+            by_label = np.argsort(labels, kind="stable")
+            borders = np.flatnonzero(np.diff(labels[by_label])) + 1
+            self._classes = np.split(self._indices[by_label], borders)
 
     def __len__(self) -> int:
         """Samples per epoch: the number of training images."""
@@ -255,8 +271,7 @@ class BlockOrder:
         sizes = np.diff(np.append(first, len(self._indices)))
         self._first, self._sizes = first[sizes > 0], sizes[sizes > 0]
         self._seed, self._window = seed, window
-        self._epoch = -1
-        self._laid = self._ends = np.zeros(0, np.int64)
+        self._last_epoch = (-1, self._first, self._first)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -277,9 +292,10 @@ class BlockOrder:
 
     def _blocks_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in their order of an epoch, and how many examples there are up to the end of each."""
-        if self._epoch != epoch:
+        # One tuple, read once: threads may ask for two epochs at the same time.
+        known = self._last_epoch
+        if known[0] != epoch:
             count, epoch_key = len(self._first), key(self._seed, ORDER, -3, epoch)
-            self._laid = np.fromiter((permute(i, count, epoch_key) for i in range(count)), np.int64, count)
-            self._ends = np.cumsum(self._sizes[self._laid])
-            self._epoch = epoch
-        return self._laid, self._ends
+            laid = permutation(count, epoch_key)
+            known = self._last_epoch = (epoch, laid, np.cumsum(self._sizes[laid]))
+        return known[1:]

@@ -63,7 +63,15 @@ class ShardIndex:
         return len(self.offset)
 
 
-_COLUMNS = ("offset", "size", "crc", "digest", "image_size", "source", "label")
+_COLUMNS = {  # how wide a row is, and its type
+    "offset": ((), "<i8"),
+    "size": ((), "<i8"),
+    "crc": ((), "<u4"),
+    "digest": ((2,), "<u8"),
+    "image_size": ((2,), "<i4"),
+    "source": ((), "<i4"),
+    "label": ((), "<i4"),
+}
 
 
 def stored(index: ShardIndex) -> StoredIndex:
@@ -84,10 +92,39 @@ def stored(index: ShardIndex) -> StoredIndex:
 
 
 def restored(found: StoredIndex, shard: str) -> ShardIndex | None:
-    """What `stored` made; None if it is of another shard or version."""
+    """What `stored` made; None if it is of another shard or version, or describes what no pass can find."""
     facts = found.facts
     if (facts.get("format"), facts.get("version"), facts.get("shard")) != (FORMAT, VERSION, shard):
         return None
+    try:
+        index = _restored(found, shard)
+        return index if _is_possible(index) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _is_possible(index: ShardIndex) -> bool:
+    """Whether a pass could have made this. A digest is no signature: an index may be a stranger's, like his shards."""
+    count = len(index.paths)
+    columns = {name: getattr(index, name) for name in _COLUMNS}
+    shaped = all(columns[name].shape == (count, *row) and columns[name].dtype.str == kind
+                 for name, (row, kind) in _COLUMNS.items())  # fmt: skip
+    texts = (index.version, *index.label_names, *(t for r in index.rejected for t in (r.path, r.reason)))
+    texts += tuple(t for row in (*index.notes,) for t in row) + tuple(kind for kind, _ in index.kinds)
+    if not shaped or len(index.keys) != count or not all(isinstance(text, str) for text in texts):
+        return False
+    if not all(type(number) is int for number in (index.bytes, *(count for _, count in index.kinds))):
+        return False
+    numbered = index.source == NUMBER
+    most = np.where(numbered, _MAX_LABEL, len(index.label_names))
+    least = np.where(index.source == FOLDER, -1, 0)
+    inside = (index.offset >= 0) & (index.size >= 0) & (index.size <= index.bytes - index.offset)
+    labelled = (index.label >= least) & (index.label < most) & (index.source >= NUMBER) & (index.source <= FOLDER)
+    return bool((inside & labelled & (index.image_size > 0).all(axis=1)).all())
+
+
+def _restored(found: StoredIndex, shard: str) -> ShardIndex:
+    facts = found.facts
     return ShardIndex(
         shard=shard,
         version=facts["of"],

@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from smalti.data.folder_pass import IMAGE_SUFFIXES
-from smalti.errors import DataError
+from smalti.data.shard_manifest import MANIFEST, read_manifest
+from smalti.errors import ConfigError, DataError
 from smalti.storage.objects import ByteStore, is_url, open_store
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -49,7 +50,7 @@ def find_shards(spec: str | Path) -> tuple[ByteStore, tuple[str, ...]]:
         raise DataError(f"{head}: compressed shards cannot be read by place; unpack them to .tar")
     if names_all(text):
         store = open_store(text)
-        found = [name for name in store.names() if name.endswith(".tar") and "/" not in name and name[0] != "."]
+        found = [name for name in _listed(store) if name.endswith(".tar") and "/" not in name and name[0] != "."]
         if not found:
             raise DataError(f"{store.place}: no tar shard in it; give a folder that holds some")
         return store, tuple(found)
@@ -62,6 +63,17 @@ def find_shards(spec: str | Path) -> tuple[ByteStore, tuple[str, ...]]:
         if not names:
             raise DataError(f"{store.place}: no shard fits {pattern!r}")
     return store, tuple(names)
+
+
+def _listed(store: ByteStore) -> list[str]:
+    """What lies in a place, or where that cannot be asked, what its manifest lists."""
+    try:
+        return store.names()
+    except ConfigError as error:
+        promises = read_manifest(store)
+        if promises is None:
+            raise ConfigError(f"{error}, or put webdataset's {MANIFEST}, which lists them, beside them") from error
+        return sorted(promises)
 
 
 def expand_braces(pattern: str) -> list[str]:

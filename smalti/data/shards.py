@@ -5,7 +5,6 @@ Nothing is unpacked, and nothing is believed: what a range gives must have the c
 
 import bisect
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -26,15 +25,17 @@ from smalti.data.changed import Tally
 from smalti.data.decoding import UnusableImageError, centre_crop, decode
 from smalti.data.folder import CACHE_BYTES, refuse_unusable
 from smalti.data.folder_pass import RejectedFile, refuse_case_twins
+from smalti.data.grouping import grouped, text_digests
 from smalti.data.image_set import merge_twins
 from smalti.data.index_file import PackedNames, cache_folder, parse_index, read_index, write_index
+from smalti.data.read_ahead import ReadAhead
 from smalti.data.shard_index import FOLDER, NAME, NUMBER, ShardIndex, index_shard, key_of, restored, stored
 from smalti.data.shard_manifest import check_manifest
 from smalti.data.shard_place import find_shards, names_all
 from smalti.errors import DataError, SmaltiError, StorageError
 from smalti.storage.objects import ByteStore, LocalStore, MissingObjectError
 
-BLOCK = 1024
+BLOCK, BLOCK_BYTES = 1024, 1 << 23  # neighbours of one shard, at most so many and in about so many bytes
 BESIDE = ".smalti-index"  # folder of indices that travel with their shards
 _SHOWN = 5
 _SOURCES = {NUMBER: "a number", NAME: "a name", FOLDER: "the folder in their path"}
@@ -72,8 +73,9 @@ class ShardImages:
     """An `ImageSet` of tar shards. Below `CACHE_BYTES` its pixels stay in memory once they were read.
 
     Attributes:
-        block_starts: first image of each block: at most `BLOCK` neighbours of one shard.
-        wants_blocks: whether the shards lie in a store far away.
+        block_starts: first image of each block of neighbours of one shard.
+        block_spans: int64 (blocks, 2): where in its shard each block begins and ends.
+        wants_blocks: whether the shards lie in a store far away. Then blocks are what is fetched at once.
     """
 
     name: str
@@ -84,10 +86,12 @@ class ShardImages:
     split_names: Sequence[str]
     fingerprint: str
     block_starts: np.ndarray
+    block_spans: np.ndarray
     wants_blocks: bool
     store: ByteStore
     shards: tuple[ShardIndex, ...]
     starts: tuple[int, ...]
+    ahead: ReadAhead | None = field(default=None, repr=False)
     kept: dict[int, np.ndarray] | None = field(default=None, repr=False)
     _tally: Tally = field(default_factory=Tally, repr=False)
 
@@ -108,16 +112,28 @@ class ShardImages:
         number = bisect.bisect_right(self.starts, index) - 1
         shard, row = self.shards[number], index - self.starts[number]
         try:
-            start = int(shard.offset[row])
-            data = self.store.read(shard.shard, start, start + int(shard.size[row]))
-            if zlib.crc32(data) != int(shard.crc[row]):
-                raise UnusableImageError("changed since it was checked")
+            data = self._bytes(index, shard, row)
             pixels = np.asarray(centre_crop(decode(data).image, self.image_size))
         except (UnusableImageError, MissingObjectError) as error:
             raise self._tally.failure(f"{self.store.place}: {self.item_names[index]!r}: {error}") from error
         if self.kept is not None:
             self.kept[index] = pixels
         return pixels
+
+    def _bytes(self, index: int, shard: ShardIndex, row: int) -> bytes:
+        start = int(shard.offset[row])
+        stop = start + int(shard.size[row])
+        low, high = map(int, self.block_spans[int(np.searchsorted(self.block_starts, index, side="right")) - 1])
+        # In a shard whose images lie in another order than their keys, a block may be spread all over it.
+        if self.ahead is None or high - low > 4 * BLOCK_BYTES:
+            data = self.store.read(shard.shard, start, stop)
+        else:
+            data = self.ahead.read(shard.shard, start, stop, low, high)
+        if zlib.crc32(data) != int(shard.crc[row]):
+            if self.ahead is not None:
+                self.ahead.forget(shard.shard, low)
+            raise UnusableImageError("changed since it was checked")
+        return data
 
 
 def load_shards(
@@ -146,7 +162,7 @@ def load_shards(
     _refuse_empty(where, class_names, class_labels, allow_empty)
     size = image_size or _common_size(where, shards)
     starts = tuple(int(n) for n in np.cumsum([0, *map(len, shards)]))
-    blocks = [np.arange(first, last, BLOCK) for first, last in itertools.pairwise(starts)]
+    block_starts, block_spans = _blocks(shards, starts)
     return ShardImages(
         name=urllib.parse.urlsplit(where).path.rstrip("/").rpartition("/")[2] or where,
         image_size=size,
@@ -155,11 +171,13 @@ def load_shards(
         item_names=ShardNames(shards, starts),
         split_names=_split_names(shards),
         fingerprint=_fingerprint(shards, class_labels, size),
-        block_starts=np.concatenate(blocks).astype(np.int64),
+        block_starts=block_starts,
+        block_spans=block_spans,
         wants_blocks=not isinstance(store, LocalStore),
         store=store,
         shards=shards,
         starts=starts,
+        ahead=None if isinstance(store, LocalStore) else ReadAhead(store),
         kept={} if count * size[0] * size[1] * 3 <= cache_bytes else None,
     )
 
@@ -324,33 +342,55 @@ def _refuse_empty(where: str, names: Sequence[str], labels: np.ndarray, allow_em
         )
 
 
+def _blocks(shards: Sequence[ShardIndex], starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(first image of each block, where each lies in its shard); the same wherever the shards lie."""
+    firsts, spans = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
+    for shard, start in zip(shards, starts, strict=False):
+        if not len(shard):
+            continue
+        part = np.maximum.accumulate(shard.offset) // BLOCK_BYTES
+        new = (np.diff(part, prepend=-1) != 0) | (np.arange(len(shard)) % BLOCK == 0)
+        first = np.flatnonzero(new)
+        low = np.minimum.reduceat(shard.offset, first)
+        high = np.maximum.reduceat(shard.offset + shard.size, first)
+        firsts.append(start + first)
+        spans.append(np.stack([low, high], axis=1))
+    return np.concatenate(firsts), np.concatenate(spans)
+
+
 def _common_size(where: str, shards: Sequence[ShardIndex]) -> tuple[int, int]:
-    sizes = np.unique(np.concatenate([shard.image_size for shard in shards]), axis=0)
+    sizes = image_sizes(shards)
     if len(sizes) > 1:
-        low, high = tuple(sizes[0].tolist()), tuple(sizes[-1].tolist())
+        low, high = sizes[0], sizes[-1]
         raise DataError(
             f"{where}: the images have {len(sizes)} different sizes, from {low} to {high} (rows, columns); "
             f"set image_size"
         )
-    return int(sizes[0][0]), int(sizes[0][1])
+    return sizes[0]
+
+
+def image_sizes(shards: Sequence[ShardIndex]) -> list[tuple[int, int]]:
+    """Each (rows, columns) that occurs, rising."""
+    # Two numbers as one: rows of a table are sorted a hundred times slower.
+    sizes = np.concatenate([shard.image_size for shard in shards]).astype(np.int64)
+    return [(int(both >> 32), int(both & 0xFFFFFFFF)) for both in np.unique((sizes[:, 0] << 32) | sizes[:, 1])]
 
 
 def _split_names(shards: Sequence[ShardIndex]) -> Sequence[str]:
     """The key of each image; images of equal bytes share one."""
     keys = PackedNames.joined([shard.keys for shard in shards])
     digests = np.concatenate([shard.digest for shard in shards])
-    _, twin_of, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
-    twins = np.flatnonzero(counts[twin_of.reshape(-1)] > 1).tolist()
-    if not twins:
+    content, first = grouped(digests)
+    if len(first) == len(keys):
         return keys
-    names = list(keys)
-    # Images without a twin still share a name with one, where a key comes in several shards.
-    affected = {names[i] for i in twins}
-    places = [i for i, name in enumerate(names) if name in affected]
-    merged = merge_twins([names[i] for i in places], [digests[i].tobytes() for i in places])
-    for i, name in zip(places, merged, strict=True):
-        names[i] = name
-    return names
+    # Numbers in the place of names and contents. Images without a twin still share a name with one, where a key comes
+    # in several shards.
+    named, _ = grouped(text_digests(keys, len(keys)))
+    twins = np.bincount(content)[content] > 1
+    places = np.flatnonzero(np.isin(named, named[twins]))
+    merged = merge_twins([keys[i] for i in places.tolist()], content[places].tolist())
+    renamed = dict(zip(places.tolist(), merged, strict=True))
+    return PackedNames.of(renamed.get(place, name) for place, name in enumerate(keys))
 
 
 def _fingerprint(shards: Sequence[ShardIndex], labels: np.ndarray, size: tuple[int, int]) -> str:

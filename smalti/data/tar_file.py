@@ -27,8 +27,17 @@ _KINDS = {
 }
 
 
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"PK\3\4": "zip",
+}
+
+
 class DamagedTarError(DataError):
-    """A tar file is cut off or damaged."""
+    """A tar file is cut off or damaged, or none."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,9 @@ def walk_members(store: ByteStore, name: str) -> Iterator[Member]:
                 renamed = records.get("path", renamed)
                 sparse |= any(record.startswith("GNU.sparse") for record in records)
                 if "size" in records:
-                    if not records["size"].isdecimal():
-                        raise stream.damaged(f"a size of {records['size']!r}")
+                    digits = records["size"]
+                    if not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
+                        raise stream.damaged(f"a size of {digits[:20]!r}")
                     resized = int(records["size"])
             continue
         path = (renamed if renamed is not None else _name(head)).removeprefix("./")
@@ -129,6 +139,9 @@ class _Stream:
         self._store, self._name, self.offset = store, name, 0
         self._size = store.size(name)
         self._piece, self._start = b"", 0
+        head = store.read(name, 0, min(8, self._size))
+        if packed := next((kind for magic, kind in _PACKED.items() if head.startswith(magic)), ""):
+            raise self.damaged(f"it is packed with {packed}; unpack it")
         if self._size % BLOCK:
             raise self.damaged(f"{self._size:,} bytes, no multiple of {BLOCK}: it was cut off")
 

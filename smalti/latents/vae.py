@@ -8,6 +8,7 @@ image's bits depend on the image alone.
 import contextlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 _PIXELS_AT_ONCE = 1 << 18  # four images of 256 x 256: about 2 GiB in the widest layer of Stable Diffusion's network
 _MOST_ROWS = 64
+_MOST, _MOST_LEVELS = 1 << 12, 12  # layers and widths; a stranger's config must not build a network without end
 # Names of the attention's layers in files older than diffusers 0.15, which most released ones are.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
@@ -286,7 +288,12 @@ class _Places:
 
         try:
             return Path(hf_hub_download(self.name, name, revision=revision, library_name="smalti"))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"there is no folder {self.name}, and no {name} of a repository of that name in the cache of the "
+                "Hugging Face hub, which cannot be reached; give a folder, or try again with a network"
+            ) from error
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             raise CheckpointError(
                 f"there is no folder {self.name}, and no {name} from the repository of that name ({reason})"
@@ -329,6 +336,20 @@ def _read_config(path: Path, theirs: Any) -> dict[str, Any]:
     for name in ("in_channels", "out_channels"):
         if settings.get(name, 3) != 3:
             raise CheckpointError(f"{path}: {name} is {settings[name]}; images have 3 channels")
+    for name, least in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
+        value = settings.get(name)
+        if value is not None and not (type(value) in (int, float) and least < value < math.inf):
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}, expected a finite number{' above 0' if not least else ''}"
+            )
+    widths = settings.get("block_out_channels", (64,))
+    listed = isinstance(widths, list | tuple) and len(widths) <= _MOST_LEVELS
+    sizes = [settings.get("layers_per_block", 1), settings.get("latent_channels", 4), *(widths if listed else [0])]
+    if not all(type(size) is int and 1 <= size <= _MOST for size in sizes):
+        raise CheckpointError(
+            f"{path}: layers_per_block, latent_channels and block_out_channels are whole numbers from 1 to {_MOST}, "
+            f"the last a list of at most {_MOST_LEVELS}"
+        )
     return settings
 
 
@@ -350,7 +371,7 @@ def _build(theirs: Any, config: Mapping[str, Any], weights: Mapping[str, Tensor]
     try:
         with torch.device("meta"):
             network = theirs(**config)
-    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / CONFIG} describes no network that diffusers can build: {' '.join(str(error).split())[:200]}"
         ) from error

@@ -12,12 +12,13 @@ import numpy as np
 
 from smalti.data.folder_index import read_known, write_known
 from smalti.data.folder_pass import FolderIndex, RejectedFile, index_folder
+from smalti.data.grouping import grouped
 from smalti.data.image_set import ImageSet
 from smalti.data.latent_set import LatentSet, is_latents, open_latents
 from smalti.data.sets import BUILT_IN, load_image_set
 from smalti.data.shard_index import ShardIndex
 from smalti.data.shard_place import find_shards, is_shards, names_all
-from smalti.data.shards import classes, index_shards, unusable
+from smalti.data.shards import classes, image_sizes, index_shards, unusable
 
 Progress = Callable[[int, int], None]
 
@@ -100,13 +101,12 @@ def _describe_shards(where: str, shards: Sequence[ShardIndex], listed: int | Non
     bad = unusable(shards)
     lines = [f"{where}: {sum(map(len, shards))} images in {len(shards)} tar shards, {len(bad)} unusable files"]
     if any(map(len, shards)):
-        sizes = np.unique(np.concatenate([shard.image_size for shard in shards]), axis=0)
         kinds = Counter[str]()
         for shard in shards:
             kinds.update(dict(shard.kinds))
         digests = np.concatenate([shard.digest for shard in shards])
-        copies = len(digests) - len(np.unique(digests, axis=0))
-        lines += _common_lines([(int(high), int(wide)) for high, wide in sizes], kinds, copies)
+        copies = len(digests) - len(grouped(digests)[1])
+        lines += _common_lines(image_sizes(shards), kinds, copies)
         lines += _class_lines(*classes(where, shards))
     rejected = [RejectedFile(f"{s.shard}:{r.path}", r.reason, r.other) for s in shards for r in s.rejected]
     notes = [(f"{s.shard}:{path}", note) for s in shards for path, note in s.notes]

@@ -308,7 +308,13 @@ class _Work:
             # Not if it was complete from the start: then a chunk was made again, and may have become another one.
             if stored.complete and not self.record.complete:
                 return stored
-            return self._write_outputs(stop)
+            done = self._write_outputs(stop)
+            claims = Claims(self.out)
+            for left in self.out.glob(".claim-[0-9]*"):
+                # Of whoever died between storing a chunk and letting go of it.
+                if (claim_left := claims.take(left.name.removeprefix(".claim-"))) is not None:
+                    claim_left.release(remove=True)
+            return done
         except DamagedChunkError as error:
             progress.note(f"{error}; it is made again")
             self.store.discard(error.index)

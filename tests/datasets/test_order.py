@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from smalti.data import ArrayImages, SampleOrder, split
-from smalti.data.order import BlockOrder, named_examples, splitmix64_of, training_order
+from smalti.data.order import BlockOrder, named_examples, permutation, splitmix64_of, training_order
 from smalti.errors import ConfigError, DataError
-from smalti.streams import SPLIT, key, splitmix64
+from smalti.streams import SPLIT, key, permute, splitmix64
 
 
 def image_set(split_names, labels=None, class_names=()):
@@ -299,3 +299,9 @@ def test_examples_are_named_for_messages_in_one_short_line():
     first = [images.item_names[order.at(p)[1]] for p in range(2)]
     assert named_examples(images, order, range(2)) == f"2 examples: {first[0]!r}, {first[1]!r}"
     assert named_examples(images, order, range(64), listed=2) == f"64 examples: {first[0]!r}, {first[1]!r}, ..."
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_all_places_of_a_permutation_at_once_are_those_one_by_one(size):
+    for permutation_key in (0, 7, (1 << 64) - 1):
+        assert permutation(size, permutation_key).tolist() == [permute(i, size, permutation_key) for i in range(size)]

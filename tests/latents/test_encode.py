@@ -73,8 +73,8 @@ def test_the_catalogue_is_that_of_the_images(whole):
     images, latents = load_image_set("emoji32"), open_latents(whole)
     assert (len(latents), latents.name) == (COUNT, "whole")
     assert latents.class_names == images.class_names
-    assert latents.item_names == images.item_names[:COUNT]
-    assert latents.split_names == images.split_names[:COUNT]
+    assert tuple(latents.item_names) == images.item_names[:COUNT]
+    assert tuple(latents.split_names) == images.split_names[:COUNT]
     assert np.array_equal(latents.class_labels, images.class_labels[:COUNT])
     assert latents.record.identity.source_fingerprint == images.fingerprint
     assert len(latents.fingerprint) == 64

@@ -1,0 +1,80 @@
+"""Neighbours in a file far away, fetched together: one request for many small reads that come soon after one another.
+
+It pays where the order of a run is one of blocks, and one process reads a good share of each. Nobody tells which share
+that is, so it is counted: where most of what was fetched is never asked for, single reads are made instead.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from smalti.storage.objects import ByteStore, MissingObjectError
+
+HELD_BYTES = 1 << 28
+_LEAST_USE = 0.25  # of the bytes fetched; below it single reads move fewer bytes than they cost in requests
+_JUDGED_AFTER = 4  # stretches that were let go of
+
+
+@dataclass
+class _Stretch:
+    data: bytes
+    used: int = 0
+
+
+class ReadAhead:
+    """Stretches of the files of a store, the last ones of up to `HELD_BYTES`. May be shared by threads, carried over a
+    fork, and pickled.
+    """
+
+    def __init__(self, store: ByteStore) -> None:
+        self._store = store
+        self._bytes = 0
+        self._let_go = self._used = self._fetched = 0  # stretches; of them, bytes that were used, and that were fetched
+        self._reset()
+
+    def read(self, name: str, start: int, stop: int, low: int, high: int) -> bytes:
+        """Bytes `start` to `stop` of a file, inside the stretch from `low` to `high` that may be fetched for them.
+
+        Raises:
+            MissingObjectError, StorageError: as `ByteStore.read`.
+        """
+        if self._pid != os.getpid():
+            self._reset()
+        with self._lock:
+            held = self._held.get((name, low))
+            if held is not None:
+                self._held.move_to_end((name, low))
+                held.used += stop - start
+                return held.data[start - low : stop - low]
+            alone = self._let_go >= _JUDGED_AFTER and self._used < _LEAST_USE * self._fetched
+        if alone:
+            return self._store.read(name, start, stop)
+        try:
+            data = self._store.read(name, low, high)
+        except MissingObjectError:
+            # The file was cut. What lies before the cut is as good as it was.
+            return self._store.read(name, start, stop)
+        with self._lock:
+            self._held[name, low] = _Stretch(data, stop - start)
+            self._bytes = sum(len(stretch.data) for stretch in self._held.values())
+            while self._bytes > HELD_BYTES and len(self._held) > 1:
+                _, oldest = self._held.popitem(last=False)
+                self._bytes -= len(oldest.data)
+                self._let_go, self._used = self._let_go + 1, self._used + oldest.used
+                self._fetched += len(oldest.data)
+        return data[start - low : stop - low]
+
+    def forget(self, name: str, low: int) -> None:
+        """Fetch a stretch anew when it is asked for again: what came was not what it should be."""
+        with self._lock:
+            self._held.pop((name, low), None)
+
+    def _reset(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._held: OrderedDict[tuple[str, int], _Stretch] = OrderedDict()
+        self._bytes = self._let_go = self._used = self._fetched = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadAhead, (self._store,)
