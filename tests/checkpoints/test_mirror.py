@@ -270,3 +270,11 @@ def test_a_damaged_folder_and_an_unknown_place_are_refused(tmp_path, faults):
         mirror("memory://x/z").upload(path)
     with pytest.raises(ConfigError, match="nowhere://x"):
         Mirror("nowhere://x")
+
+
+def test_places_that_no_checkpoint_can_go_to_are_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file; a mirror is a folder"):
+        Mirror(str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="nothing can be written there"):
+        Mirror("https://somewhere/run")

@@ -421,6 +421,7 @@ def test_skypilot_s_machines_know_their_place(stand):
         ({"name": "x" * 53}, "at most 52"),
         ({"emit": "slurm", "partition": "a\nb"}, "line of a Slurm file"),
         ({"emit": "slurm", "sbatch": ("account=me\n#SBATCH --x",)}, "line of a Slurm file"),
+        ({"emit": "slurm", "time_limit": "tomorrow"}, "time_limit 'tomorrow' is none of Slurm's"),
         ({"emit": "k8s", "image": ""}, "k8s needs --image"),
         ({"emit": "skypilot", "mirror": ""}, "--store.mirror"),
         ({"emit": "slurm", "array": 2}, "array is for sample and encode"),
