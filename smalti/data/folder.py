@@ -156,6 +156,8 @@ def refuse_unusable(where: object, bad: Sequence[RejectedFile], usable: int, ski
 
 def _refuse_empty(index: FolderIndex, allow_empty: bool) -> None:
     if not index.entries:
+        if (index.root / "latents.json").exists():
+            raise DataError(f"{index.root} holds latents, made by `smalti encode` already; give a folder of images")
         others = f" ({len(index.rejected)} other files)" if index.rejected else ""
         raise DataError(f"{index.root}: no image in this folder{others}; give a folder of images")
     present = {e.class_label for e in index.entries}

@@ -79,10 +79,12 @@ class AutoencoderConfig:
         for name in ("steps", "batch_size", "layers_per_block", "latent_channels", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0 or not self.clip_norm > 0:
-            raise ConfigError("learning_rate and clip_norm must be above 0")
-        if self.kl_weight < 0 or self.edge_weight < 0 or self.validate_every < 0:
-            raise ConfigError("kl_weight, edge_weight and validate_every must be 0 or more")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("kl_weight", "edge_weight", "validate_every"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
         if not self.widths or min(self.widths) < 1 or any(width % self.norm_groups for width in self.widths):
             raise ConfigError(f"widths must be multiples of 8 (or all the same multiple of 4), got {self.widths}")
 

@@ -35,7 +35,7 @@ from smalti.training.autoencoder import (
 from smalti.training.device import resolve_device
 from smalti.training.log import RunLog, tensorboard_installed
 from smalti.training.stop import StopRequest
-from smalti.workflows.out_folder import check_folder
+from smalti.workflows.out_folder import check_folder, refuse_other_home
 from smalti.workflows.progress import ProgressReport
 
 SETTINGS, PICTURE = "autoencoder.yaml", "reconstruction.png"
@@ -73,6 +73,7 @@ def train_autoencoder(
         SmaltiError: whatever else the user can mend.
     """
     check_folder(config.out, "--out")
+    refuse_other_home(config.out, "--out", SETTINGS, config.data)
     device = resolve_device(config.device)
     examples = PixelExamples(load_image_set(config.data, config.image_size))
     images = examples.images

@@ -38,7 +38,7 @@ from smalti.training.peers import Peers
 from smalti.training.state import TrainState
 from smalti.training.status import read_status
 from smalti.training.stop import outlasts_the_grace
-from smalti.workflows.run_folder import check_config
+from smalti.workflows.run_folder import check_config, check_run_folder
 from smalti.workflows.train_setup import Run, new_state, prepare_run
 from smalti.world import World, world
 
@@ -80,6 +80,7 @@ def dry_run(config: RunConfig, say: Callable[[str], None], *, steal: bool = Fals
             way. NumericError: a loss or gradient that is not finite. CheckpointError: what was stored is not what was
             saved.
     """
+    check_run_folder(config)
     device = resolve_device(config.device)
     patience = timedelta(minutes=config.parallel.timeout_minutes)
     with world(device, patience) as me, Peers(me) as peers, peers.watched():

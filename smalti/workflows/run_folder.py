@@ -2,6 +2,7 @@
 
 import uuid
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -11,6 +12,7 @@ from smalti.errors import CheckpointError, ConfigError
 from smalti.models import BackboneConfig
 from smalti.report.files import write_text
 from smalti.training.config import IDENTITY, INCIDENTAL, RunConfig
+from smalti.workflows.out_folder import check_folder, refuse_other_home
 
 CONFIG, RESOLVED = "config.yaml", "resolved.yaml"
 
@@ -43,6 +45,16 @@ def settle_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig
     return changed
 
 
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse a place that cannot be a run folder, before anything is left there.
+
+    Raises:
+        ConfigError: it is a file, a URL, the home of something else, or of the images. StorageError: as `check_folder`.
+    """
+    check_folder(config.out, "--out")
+    refuse_other_home(config.out, "--out", RESOLVED, config.data.path)
+
+
 def run_id(folder: Path) -> str | None:
     """What the checkpoints of this run call it; None before its first start."""
     path = folder / RESOLVED
@@ -65,7 +77,9 @@ def check_config(config: RunConfig, catalogue: Catalogue) -> list[str]:
         before = load_config(path)
         changed = changes(before, config)
         other = [
-            f"{name}: {text}" for name, text in changed.items() if name in IDENTITY and _matters(name, before, config)
+            f"{name}: {text}"
+            for name, text in changed.items()
+            if name.partition(".")[0] in IDENTITY and name not in INCIDENTAL
         ]
         if other:
             raise ConfigError(f"{config.out} holds another run ({'; '.join(other)}); choose another --out")
@@ -77,14 +91,14 @@ def check_config(config: RunConfig, catalogue: Catalogue) -> list[str]:
 
 
 def changes(before: RunConfig, now: RunConfig) -> dict[str, str]:
-    """Settings that differ, but for where the run lies."""
-    old, new = to_dict(before), to_dict(now)
-    return {name: f"{old[name]} -> {new[name]}" for name in new if name != "out" and old[name] != new[name]}
+    """Settings that differ, as `data.flip`, but for where the run lies."""
+    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    return {name: f"{old.get(name)} -> {new[name]}" for name in new if name != "out" and old.get(name) != new[name]}
 
 
-def _matters(name: str, before: RunConfig, now: RunConfig) -> bool:
-    """Whether more of this setting differs than what changes no bit of a run."""
-    old, new = to_dict(before)[name], to_dict(now)[name]
-    if not isinstance(new, dict):
-        return True
-    return any(old[part] != value for part, value in new.items() if f"{name}.{part}" not in INCIDENTAL)
+def _flat(settings: dict[str, Any], head: str = "") -> dict[str, Any]:
+    """Nested settings in one table, under the names of their flags."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{head}{name}.") if isinstance(value, dict) else {f"{head}{name}": value}
+    return flat

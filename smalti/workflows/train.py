@@ -28,6 +28,7 @@ from smalti.training.state import TrainState
 from smalti.training.stop import StopRequest
 from smalti.training.validation import StrataLoss
 from smalti.workflows.progress import ProgressReport
+from smalti.workflows.run_folder import check_run_folder
 from smalti.workflows.run_identity import identity_of, refuse_another_run
 from smalti.workflows.train_looks import baselines_of, quality_samples, quality_values, save_preview, validation_of
 from smalti.workflows.train_setup import Run, model_extra, new_state, prepare_run
@@ -75,6 +76,7 @@ def train(
         PeerLostError: another process of the run is gone; the same call continues.
         SmaltiError: whatever else the user can mend.
     """
+    check_run_folder(config)
     device = resolve_device(config.device)
     patience = timedelta(minutes=config.parallel.timeout_minutes)
     with world(device, patience) as me, Peers(me) as peers, peers.watched():

@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_harmed():
     [
         ({"widths": (6, 8)}, "widths must be multiples of 8"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate and clip_norm must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
         ({"kl_weight": -1.0}, "must be 0 or more"),
     ],
 )
