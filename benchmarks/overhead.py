@@ -30,7 +30,7 @@ from smalti.errors import ConfigError
 from smalti.ops.native import load_native
 from smalti.training import RunConfig, TrainState, train_steps
 from smalti.training.batches import BatchSource, TrainBatch
-from smalti.training.fused_update import refuses, update
+from smalti.training.fused_update import Updates, refuses
 from smalti.training.log import RunLog
 from smalti.training.prefetch import prefetched
 from smalti.workflows.demo import recipe
@@ -171,7 +171,7 @@ def _update(state: TrainState, step: Callable[[], object], options: argparse.Nam
     trained = [p for p in state.model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(p.shape, generator=generator) * 1e-3 for p in trained]
-    number = state.step
+    number, updates = state.step, Updates()
 
     def two_calls() -> None:
         state.optimizer.step()
@@ -181,7 +181,7 @@ def _update(state: TrainState, step: Callable[[], object], options: argparse.Nam
     for weight, gradient in zip(trained, gradients, strict=True):
         weight.grad = gradient
     functions = {
-        "update": lambda: update(state.optimizer, state.ema, state.model, number),
+        "update": lambda: updates(state.optimizer, state.ema, state.model, number),
         "two calls": two_calls,
         "floor": _single_pass(state, gradients),
     }

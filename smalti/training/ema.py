@@ -34,13 +34,16 @@ class EMA:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
+    def decay_at(self, update: int) -> float:
+        """What stays of the average at this update, counted from 0."""
+        return min(self.decay, (1 + update) / (10 + update))
+
     @torch.no_grad()
     def update(self, model: nn.Module, update: int) -> None:
         """Take one step towards `model`; `update` counts from 0."""
-        decay = min(self.decay, (1 + update) / (10 + update))
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
         trained = [(local_part(own), local_part(other)) for own, other in pairs if other.requires_grad]
-        torch._foreach_lerp_([own for own, _ in trained], [other for _, other in trained], 1 - decay)
+        torch._foreach_lerp_([own for own, _ in trained], [other for _, other in trained], 1 - self.decay_at(update))
         fixed = [(own, other) for own, other in pairs if not other.requires_grad]
         for own, other in [*fixed, *zip(self.model.buffers(), model.buffers(), strict=True)]:
             local_part(own).copy_(local_part(other))

@@ -15,7 +15,7 @@ from smalti.training.batches import BatchSource, TrainBatch
 from smalti.training.config import RunConfig
 from smalti.training.device import autocast
 from smalti.training.distributed import whole
-from smalti.training.fused_update import update
+from smalti.training.fused_update import Updates
 from smalti.training.optim import learning_rate
 from smalti.training.state import TrainState
 from smalti.training.step_batches import StepBatches, parts_of
@@ -100,6 +100,7 @@ def _steps(
     trained = [p for p in state.model.parameters() if p.requires_grad]
     clip = math.inf if config.optimizer.clip_norm is None else config.optimizer.clip_norm
     world = state.engine.world
+    update = Updates()
     micro_batch = min(config.micro_batch or config.batch_size, -(-config.batch_size // world.size))
     if state.engine.strategy == "ddp" and state.step < config.steps:
         micro_batch = _tried(state, batches, config, micro_batch)

@@ -11,7 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from smalti.ops.adamw_ema import Operands, Rates, adamw_ema_reference, adamw_ema_triton
+from smalti.ops.adamw_ema import Operands, Rates, Table, adamw_ema_reference, adamw_ema_triton
 from smalti.ops.adamw_ema import triton as twin
 
 RESULTS = ("weight", "moment", "square", "average")
@@ -43,7 +43,7 @@ def errors(case, offset):
     rates = Rates(learning_rate=1e-2, betas=betas, epsilon=1e-8, weight_decay=weight_decay, average=average)
     operands = operands_of(step, offset)
     rows = [[x.clone() for x in row[:5]] for row in zip(*operands, strict=True)]
-    adamw_ema_triton(operands, rates)
+    adamw_ema_triton(Table(operands), rates)
     assert all(x.item() == step for x in operands.steps)
     found = dict.fromkeys(RESULTS, (0.0, 0.0))
     for k, row in enumerate(rows):
@@ -63,7 +63,9 @@ def main():
     twin.PIECE, twin.BLOCK = 128, 32  # so that small tensors have several pieces
     versions = operands_of(1, 0)
     before = [x._version for row in versions for x in row]
-    adamw_ema_triton(versions, Rates(learning_rate=1e-2, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0, average=0.5))
+    adamw_ema_triton(
+        Table(versions), Rates(learning_rate=1e-2, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0, average=0.5)
+    )
     changed = [now > then for now, then in zip([x._version for row in versions for x in row], before, strict=True)]
     count = len(SHAPES)
     found = {

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from smalti.ops.adamw_ema import c
 from smalti.presets import create_model
 from smalti.training import EMA
 from smalti.training.config import OptimizerConfig
-from smalti.training.fused_update import refuses, update
+from smalti.training.fused_update import Updates, refuses, update
 from smalti.training.optim import build_optimizer, learning_rate
 
 TINY = {
@@ -369,3 +370,143 @@ def test_distributed_tensors_are_changed_where_they_lie(mesh):
     weight = one.model[0].weight
     weight.grad = distribute_tensor(weight.grad.full_tensor(), mesh, [Replicate()])
     assert "cut differently" in refuses(one.optimizer, one.ema, one.model)
+
+
+def replace_a_weight(state):
+    """As code that loads weights by assigning: the optimizer is told, the average follows the new one."""
+    old = state.model.linear.weight
+    new = nn.Parameter(old.detach() * 2)
+    state.model.linear.weight = new
+    for group in state.optimizer.param_groups:
+        group["params"] = [new if x is old else x for x in group["params"]]
+    state.optimizer.state[new] = state.optimizer.state.pop(old)
+
+
+def replace_an_average(state):
+    old = state.ema.model.linear.weight
+    state.ema.model.linear.weight = nn.Parameter(old * 2, requires_grad=False)
+
+
+def load_the_optimizer(state):
+    stored = copy.deepcopy(state.optimizer.state_dict())
+    for moments in stored["state"].values():
+        moments["exp_avg"] *= 2
+    state.optimizer.load_state_dict(stored)
+
+
+def restore_the_optimizer(state):
+    """As `TrainState.restore`: the same dictionary with other tensors."""
+    moments = {x: {k: v * 2 for k, v in values.items()} for x, values in state.optimizer.state.items()}
+    state.optimizer.state.clear()
+    state.optimizer.state.update(moments)
+
+
+def replace_a_moment(state):
+    moments = state.optimizer.state[state.model.spared]
+    moments["exp_avg"] = moments["exp_avg"] * 2
+
+
+def move_the_network(state):
+    """`.to` of a module gives the same parameters other memory."""
+    for module in (state.model, state.ema.model):
+        module._apply(lambda x: x.clone())
+
+
+def move_a_moment(state):
+    moment = state.optimizer.state[state.model.spared]["exp_avg"]
+    moment.data = moment.data * 2
+
+
+def freeze(state):
+    state.model.linear.bias.requires_grad_(False)
+    state.model.linear.bias.grad = None
+
+
+def use_the_unused(state):
+    state.model.register_forward_hook(lambda module, _, output: output + module.unused.sum())
+
+
+def other_rates(state):
+    for group in state.optimizer.param_groups:
+        group |= {"lr": 0.03, "weight_decay": 0.2, "betas": (0.8, 0.99), "eps": 1e-6}
+
+
+def another_group(state):
+    spared = state.optimizer.param_groups.pop()
+    state.optimizer.add_param_group(spared | {"lr": 0.07})
+
+
+def replace_a_buffer(state):
+    state.model.mean = torch.ones(2)
+
+
+def replace_a_module(state):
+    """Its weights have an average that nobody looks at any more."""
+    state.ema.model.linear = copy.deepcopy(state.ema.model.linear)
+    with torch.no_grad():
+        state.ema.model.linear.weight.zero_()
+
+
+def transpose_a_moment(state):
+    """Same object, same address."""
+    state.optimizer.state[state.model.linear.weight]["exp_avg"].t_()
+
+
+CHANGES = [
+    replace_a_weight, replace_an_average, load_the_optimizer, restore_the_optimizer, replace_a_moment, move_the_network,
+    move_a_moment, freeze, use_the_unused, other_rates, another_group, replace_a_buffer, replace_a_module,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_between_two_updates_the_next_ones_are_about_what_is_there_then(change):
+    model = Odd()
+    fused, two = state_of(model), state_of(model)
+    updates = Updates()
+    for state, call in ((fused, updates), (two, plain)):
+        odd_steps(state, call, range(5))
+        change(state)
+        odd_steps(state, call, range(5, 15))
+    assert_same(fused, two)
+
+
+def test_what_is_remembered_is_used_and_gradients_in_new_memory_are_found():
+    model = Odd()
+    fused, two = state_of(model), state_of(model)
+    updates, plans, kept = Updates(), [], []
+
+    def call(*arguments):
+        kept.append([x.grad for x in fused.model.parameters() if x.grad is not None])  # so memory is never used again
+        updates(*arguments)
+        plans.append(updates._plan)
+
+    odd_steps(fused, call)
+    odd_steps(two, plain)
+    assert plans[0] is None
+    assert plans[1] is not None
+    assert all(plan is plans[1] for plan in plans[1:])
+    assert len({x.data_ptr() for row in kept for x in row if x.numel()}) == STEPS * 3
+    assert_same(fused, two)
+
+
+def test_a_moment_turned_around_in_place_is_refused_and_one_of_another_run_is_not_confused():
+    state, other = state_of(Odd()), state_of(Odd())
+    updates = Updates()
+    odd_steps(state, updates)
+    odd_steps(other, updates)
+    with torch.no_grad():
+        transpose_a_moment(state)
+    state.model(torch.ones(4, 5)).sum().backward()
+    assert "contiguous" in refuses(state.optimizer, state.ema, state.model)
+    assert not updates._plan.holds(state.optimizer, state.ema, state.model)
+
+
+def test_gradients_are_let_go_of_after_the_update():
+    state = state_of(Odd())
+    updates = Updates()
+    odd_steps(state, updates)
+    state.model(torch.ones(4, 5)).sum().backward()
+    gradient = weakref.ref(state.model.linear.weight.grad)
+    updates(state.optimizer, state.ema, state.model, STEPS)
+    state.optimizer.zero_grad()
+    assert gradient() is None

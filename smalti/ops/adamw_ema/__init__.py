@@ -7,9 +7,10 @@ network are is known to `smalti.training.fused_update` alone.
 
 from smalti.ops.adamw_ema.c import adamw_ema_c, c_refusal
 from smalti.ops.adamw_ema.reference import Operands, Rates, adamw_ema_reference
+from smalti.ops.adamw_ema.table import Table
 from smalti.ops.adamw_ema.triton import adamw_ema_triton, triton_refusal
 
-__all__ = ["Operands", "Rates", "adamw_ema", "adamw_ema_reference", "refuses"]
+__all__ = ["Operands", "Rates", "Table", "adamw_ema", "adamw_ema_reference", "refuses"]
 
 
 def refuses(operands: Operands) -> str:
@@ -19,14 +20,16 @@ def refuses(operands: Operands) -> str:
     return triton_refusal(operands) if operands.weights[0].device.type == "cuda" else c_refusal(operands)
 
 
-def adamw_ema(operands: Operands, rates: Rates) -> None:
+def adamw_ema(operands: Operands | Table, rates: Rates) -> None:
     """Change weights, moments, averages and counters in place, as `adamw_ema_reference` says.
 
-    Ask `refuses` first: a twin hands addresses to a kernel and checks nothing.
+    Ask `refuses` first, or the table of a step that comes again: a twin hands addresses to a kernel, unchecked.
 
     Raises:
-        MemoryError: there was none for the table of tensors; nothing was changed.
+        MemoryError: there was none for the table of tensors; no number was changed.
     """
-    if not operands.weights:
-        return
-    (adamw_ema_triton if operands.weights[0].device.type == "cuda" else adamw_ema_c)(operands, rates)
+    if isinstance(operands, Operands):
+        if not operands.weights:
+            return
+        operands = Table(operands)
+    (adamw_ema_triton if operands.device.type == "cuda" else adamw_ema_c)(operands, rates)

@@ -2,13 +2,13 @@
 
 import ctypes
 import logging
-from array import array
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from smalti.ops.adamw_ema.reference import Operands, Rates, layout_refusal
+from smalti.ops.adamw_ema.table import Table
 from smalti.ops.native import load_native
 
 SOURCE = Path(__file__).with_name("adamw_ema.c")
@@ -23,22 +23,18 @@ def c_refusal(operands: Operands) -> str:
     return layout_refusal(operands) or unavailable()
 
 
-def adamw_ema_c(operands: Operands, rates: Rates) -> None:
+def adamw_ema_c(table: Table, rates: Rates) -> None:
     """One step of all tensors, cut into pieces for `torch.get_num_threads()` threads; the same bits with any number.
 
     The bits are also those of `torch.optim.AdamW(fused=True)` and `torch.lerp`, where PyTorch uses AVX2.
     """
-    sizes = array("q", [x.numel() for x in operands.weights])
-    addresses = array("q", [x.data_ptr() for row in operands for x in row])
+    table.mark_changed()
     failed = _library().adamw_ema(
-        len(sizes), sizes.buffer_info()[0], addresses.buffer_info()[0], rates.learning_rate, *rates.betas,
+        table.count, table.sizes.buffer_info()[0], table.places.buffer_info()[0], rates.learning_rate, *rates.betas,
         rates.epsilon, rates.weight_decay, rates.average, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"the optimizer step found no memory for a table of {len(sizes)} tensors")
-    # Autograd and caches of things made from weights ask tensors whether they have changed.
-    changed = (operands.weights, operands.moments, operands.squares, operands.averages, operands.steps)
-    torch.autograd.graph.increment_version([x for row in changed for x in row])
+        raise MemoryError(f"the optimizer step found no memory for a table of {table.count} tensors")
 
 
 @cache

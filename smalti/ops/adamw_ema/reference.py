@@ -67,7 +67,7 @@ def adamw_ema_reference(
     return weight, moment, square, torch.lerp(average, weight, rates.average)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def layout_refusal(operands: Operands) -> str:
@@ -77,7 +77,7 @@ def layout_refusal(operands: Operands) -> str:
     tensors = [x for column in operands for x in column]
     sizes = [[x.numel() for x in column] for column in operands]
     if (
-        {type(x) for x in tensors} <= _PLAIN
+        {type(x) for x in tensors} <= PLAIN
         and {x.dtype for x in tensors} == {torch.float32}
         and {x.device for x in tensors} == {device}
         and {x.layout for x in tensors} == {torch.strided}
@@ -92,7 +92,7 @@ def layout_refusal(operands: Operands) -> str:
 def _complaint(row: tuple[Tensor, ...], device: torch.device) -> str:
     *members, step = row
     for x in members:
-        if type(x) not in _PLAIN:
+        if type(x) not in PLAIN:
             return f"it reads memory, which a {type(x).__name__} may not have"
         if x.device != device:
             return f"all tensors must be on one device, got {device} and {x.device}"
@@ -100,6 +100,6 @@ def _complaint(row: tuple[Tensor, ...], device: torch.device) -> str:
             return f"it takes float32, got {x.dtype}"
         if x.layout is not torch.strided or not x.is_contiguous() or x.numel() != members[0].numel():
             return f"it takes contiguous tensors of one shape, got {[(tuple(y.shape), y.layout) for y in members]}"
-    if type(step) in _PLAIN and (step.dtype, step.device, step.numel()) == (torch.float32, device, 1):
+    if type(step) in PLAIN and (step.dtype, step.device, step.numel()) == (torch.float32, device, 1):
         return ""
     return f"it counts steps in one float32 on {device}, got a {type(step).__name__}, {step.dtype}, on {step.device}"

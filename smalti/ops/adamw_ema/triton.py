@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smalti.ops.adamw_ema.reference import Operands, Rates, layout_refusal
+from smalti.ops.adamw_ema.table import Table
 
 INSTALLED = find_spec("triton") is not None
 PIECE = 16384  # elements of a program
@@ -26,18 +27,18 @@ def triton_refusal(operands: Operands) -> str:
     return layout_refusal(operands)
 
 
-def adamw_ema_triton(operands: Operands, rates: Rates) -> None:
+def adamw_ema_triton(table: Table, rates: Rates) -> None:
     """One step of all tensors; the bits may differ from PyTorch's in the last place, and are the same in every run."""
     from smalti.ops.adamw_ema import triton_kernels
 
-    device = operands.weights[0].device
-    torch._foreach_add_(operands.steps, 1)
-    owners, pieces, sizes = _tables(tuple(x.numel() for x in operands.weights), device)
+    device = table.device
+    table.mark_changed()
+    torch._foreach_add_(table.steps, 1)
+    owners, pieces, sizes = _tables(tuple(table.sizes), device)
     if not len(owners):
         return
-    places = [x.data_ptr() for row in operands for x in row]
     # The counters at the end are read one by one.
-    aligned = all(place % 16 == 0 for place in places[: -len(operands.steps)])
+    aligned = all(place % 16 == 0 for place in table.places[: -table.count])
     beta1, beta2 = rates.betas
     numbers = [
         rates.learning_rate,
@@ -51,12 +52,10 @@ def adamw_ema_triton(operands: Operands, rates: Rates) -> None:
         rates.average,
     ]
     triton_kernels.update[(len(owners),)](
-        _moved(torch.tensor(places, dtype=torch.int64), device), sizes, owners, pieces,
+        _moved(torch.tensor(table.places, dtype=torch.int64), device), sizes, owners, pieces,
         _moved(torch.tensor(numbers, dtype=torch.float64), device), len(sizes),
         PIECE=PIECE, BLOCK=BLOCK, ALIGNED=aligned, num_warps=8,
     )  # fmt: skip
-    changed = (operands.weights, operands.moments, operands.squares, operands.averages)
-    torch.autograd.graph.increment_version([x for row in changed for x in row])
 
 
 @lru_cache(maxsize=8)
