@@ -145,6 +145,10 @@ def _prepare_alone(config: RunConfig, me: World, device: torch.device) -> _Alone
     )
     held_out = parts.validation.tolist()
     triples = make_triples(examples, held_out, schedule, config.seed, conditional=conditional) if held_out else None
+    if config.store.keep_best and not (triples and config.validate_every):
+        raise ConfigError(
+            "store.keep_best goes by the validation loss: it needs validate_every and data.validation_fraction above 0"
+        )
     # Opened before the first step, so that it is not found missing at the first picture.
     codec = codec_of(examples.codec, device=device) if config.sample_every or config.quality.every else PixelCodec()
     return _Alone(model, examples, codec, parts, batches, triples)

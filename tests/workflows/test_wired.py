@@ -48,7 +48,7 @@ def test_pictures_and_metrics_are_those_of_one_process_however_many_share_the_dr
         assert found[name]["drawn"] == drawn, name
 
 
-def test_new_images_are_looked_through_by_one_process_first_and_if_one_cannot_read_them_all_end_with_the_reason(
+def test_one_process_looks_through_new_images_first_and_if_one_cannot_read_them_all_say_why(
     outcome,
 ):
     found = outcome("first_look")
