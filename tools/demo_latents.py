@@ -238,8 +238,9 @@ def picture(out: Path) -> None:
             tile = Image.fromarray(pixels).resize((side - GAP, side - GAP), Image.Resampling.NEAREST)
             sheet.paste(tile, (LABEL + column * side, top))
     with replacing(out / PICTURE) as path:
-        # A palette of its own 256 colours is half the size, and no different to the eye.
-        sheet.quantize(256, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+        # In steps of 8 levels, which no eye sees and which halves the file.
+        levels = (np.asarray(sheet, dtype=np.float32) / 8).round() * 8
+        Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(path, "PNG", optimize=True)
 
 
 def summary(out: Path, plan: Plan, seconds: float) -> None:
