@@ -10,9 +10,11 @@ import yaml
 from smalti.config import from_dict
 from smalti.cost.plan import Plan, plan
 from smalti.cost.plan_request import UTILISATIONS, CheckpointPolicy, Measured, PlanRequest, Strategy
+from smalti.data.latent_record import RECORD, read_record
 from smalti.errors import ConfigError
 from smalti.models import BackboneConfig
 from smalti.presets import find_preset, parse_overrides, preset_config
+from smalti.storage.objects import open_store
 from smalti.training.config import RunConfig
 from smalti.training.distributed import apply_activation_checkpointing
 from smalti.training.log import read_log
@@ -112,9 +114,19 @@ def _of_run(run: RunConfig, name: str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if run.data.image_size is not None and find_preset(name).config.in_channels == PIXEL_CHANNELS:
         settings["sample_size"] = run.data.image_size
+    settings |= _of_latents(Path(run.data.path))
     if run.objective.schedule == "flow":
         settings["learned_variance"] = False  # a path without steps has no step variance to learn
     return settings | (parse_overrides(run.override) if name == run.model else {})
+
+
+def _of_latents(folder: Path) -> dict[str, Any]:
+    """What the latents of a folder make of a network; nothing where there are none on this machine."""
+    if not (folder / RECORD).is_file():
+        return {}
+    record = read_record(open_store(folder))
+    channels, rows, columns = record.identity.latent_shape
+    return {"in_channels": channels, "sample_size": (rows, columns), "num_classes": len(record.class_names)}
 
 
 def _first(asked: Any, of_run: Any, otherwise: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -71,6 +72,16 @@ def test_a_run_on_pixels_is_planned_at_the_size_of_its_images():
     assert plan_request(run=run, sample_size=16).network.sample_size == (16, 16)
     flow = RunConfig(model="dit-s-2", objective=ObjectiveConfig(schedule="flow", prediction="velocity"))
     assert not plan_request(run=flow).network.learned_variance
+
+
+def test_a_run_on_latents_is_planned_at_their_size(tmp_path, monkeypatch):
+    (tmp_path / "latents.json").write_text("{}")
+    record = SimpleNamespace(identity=SimpleNamespace(latent_shape=(4, 8, 6)), class_names=("a", "b"))
+    monkeypatch.setattr("smalti.workflows.plan.read_record", lambda store: record)
+    run = RunConfig(data=DataConfig(path=str(tmp_path)), override=("patch_size=1",))
+    network = plan_request(run=run).network
+    assert (network.in_channels, network.sample_size, network.num_classes) == (4, (8, 6), 2)
+    assert plan_request(run=run, sample_size=16).network.sample_size == (16, 16)
 
 
 def test_nothing_to_plan_is_said():
