@@ -60,6 +60,18 @@ def test_what_is_stored_is_the_state_when_it_was_asked_for(tmp_path, faults, gat
     assert (faults.value_of(found), found.score) == (2, 0.25)
 
 
+def test_what_changes_before_the_thread_has_begun_is_not_stored_either(tmp_path, faults, monkeypatch):
+    store, begin = CheckpointStore(tmp_path / "run"), threading.Event()
+    real = store.save
+    monkeypatch.setattr(store, "save", lambda *args, **kwargs: begin.wait(30) and real(*args, **kwargs))
+    with AsyncSaver(store) as saver:
+        state = {"list": [1]}
+        saver.save(1, faults.payload(1), state)
+        state["list"].append(2)
+        begin.set()
+    assert store.load_newest(never).state["list"] == [1]
+
+
 def test_a_second_save_waits_for_the_first_and_says_how_long(tmp_path, faults, gated):
     store = CheckpointStore(tmp_path / "run", fs=gated)
     with AsyncSaver(store) as saver:

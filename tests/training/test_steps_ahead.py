@@ -36,7 +36,7 @@ def test_a_step_passed_over_and_a_smaller_micro_batch_give_the_batches_of_their_
     config = RunConfig(steps=9, batch_size=6, data=DataConfig(workers=workers))
     world = World(1, 2)
     with StepBatches(source, config, world, pin=False) as ahead:
-        for step, micro_batch in ((1, 3), (2, 3), (4, 3), (5, 3), (5, 1), (6, 1), (8, 1)):
+        for step, micro_batch in ((1, 3), (2, 3), (4, 3), (5, 3), (5, 1), (6, 1), (7, 2), (7, 2), (8, 2)):
             found = list(ahead.of(step, micro_batch))
             assert [part for part, _ in found] == parts_of(step, 6, world, micro_batch)
             for part, batch in found:
