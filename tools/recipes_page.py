@@ -40,8 +40,8 @@ In all of them smalti differs from the released codes in four things:
 - Random numbers are functions of the seed and the sample, so no seed gives the numbers of another code.
 - All images are trained on, as in the papers, so there is no validation loss. `--data.validation-fraction 0.01` brings
   one.
-- Products in fp32 are whole: TF32, which some of the codes use, is not used. Where a recipe says fp32,
-  `--precision bf16` is the fast choice, with weights, moments and average still in fp32; the last column is for it.
+- Recipes of codes that multiply in TF32 say tf32; on a CPU that is fp32. `--precision bf16` is the fast choice, with
+  weights, moments and average still in fp32; the last column is for it.
 
 The released weights, and the numbers that these trainings reached, are listed by `smalti compare`; see
 [comparing](compare.md).

@@ -36,7 +36,7 @@ class Plan:
     """Images of one step, of all processes together."""
     micro_batch: int | None = None
     """Images of one forward pass of one process; None = its whole share."""
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
     nodes: int = 1
     gpus_per_node: int = 1
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] | None = None

@@ -142,7 +142,7 @@ def settle_device(request: PlanRequest) -> DeviceKind:
     """The kind of device with what the request says of it, and measured where the table has nothing."""
     device = find_device(request.device)
     changes: dict[str, float | int] = {}
-    rate = "bf16_flops" if request.precision == "bf16" else "fp32_flops"
+    rate = f"{request.precision}_flops"
     if request.peak_tflops is not None:
         changes[rate] = request.peak_tflops * 1e12
     elif not device.peak(request.precision):
@@ -158,7 +158,7 @@ def settle_device(request: PlanRequest) -> DeviceKind:
     return dataclasses.replace(device, **changes)  # type: ignore[arg-type]
 
 
-def measured_peak(precision: Literal["fp32", "bf16"]) -> float:
+def measured_peak(precision: Literal["fp32", "tf32", "bf16"]) -> float:
     """Operations per second of a large matrix product on this CPU, with the threads that torch has now."""
     return 2 * gemm_rate(torch.bfloat16 if precision == "bf16" else torch.float32, "cpu", repeats=3)
 

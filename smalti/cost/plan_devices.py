@@ -14,8 +14,8 @@ class DeviceKind:
     """One device of a kind. Rates are peaks that no training run reaches; a plan multiplies them by a utilisation.
 
     Args:
-        bf16_flops, fp32_flops: operations per second of dense matrix products, sums in float32. Float32 is without
-            TensorFloat-32, as torch's own default. 0 = measured here when a plan asks.
+        bf16_flops, tf32_flops, fp32_flops: operations per second of dense matrix products, sums in float32. Float32 is
+            without TensorFloat-32. 0 = measured here when a plan asks.
         memory: bytes that a process can see. 0 = as much as this machine has.
         memory_rate: bytes per second of its memory; 0 = not stated.
         inside_rate: bytes per second, one way, between two devices of a node.
@@ -25,6 +25,7 @@ class DeviceKind:
 
     name: str
     bf16_flops: float
+    tf32_flops: float
     fp32_flops: float
     memory: int
     memory_rate: float
@@ -34,16 +35,25 @@ class DeviceKind:
 
     def peak(self, precision: str) -> float:
         """Operations per second of the matrix products of a run in this precision."""
-        return self.bf16_flops if precision == "bf16" else self.fp32_flops
+        return {"bf16": self.bf16_flops, "tf32": self.tf32_flops, "fp32": self.fp32_flops}[precision]
 
 
 def _card(
-    name: str, bf16: float, fp32: float, memory: float, rate: float, inside: float, between: float, source: str
+    name: str,
+    bf16: float,
+    tf32: float,
+    fp32: float,
+    memory: float,
+    rate: float,
+    inside: float,
+    between: float,
+    source: str,
 ) -> DeviceKind:
     """TFLOP/s, GiB and GB/s, as data sheets print them."""
     return DeviceKind(
         name=name,
         bf16_flops=bf16 * 1e12,
+        tf32_flops=tf32 * 1e12,
         fp32_flops=fp32 * 1e12,
         memory=round(memory * GIB),
         memory_rate=rate * 1e9,
@@ -57,14 +67,23 @@ _EIGHT = "links of the maker's own machine of eight"
 DEVICES: dict[str, DeviceKind] = {
     device.name: device
     for device in (
-        _card("a100-40", 312, 19.5, 39.4, 1555, 300, 25, f"NVIDIA A100 data sheet, SXM4 40 GB; {_EIGHT}, 200 Gb/s"),
-        _card("a100-80", 312, 19.5, 79.2, 2039, 300, 25, f"NVIDIA A100 data sheet, SXM4 80 GB; {_EIGHT}, 200 Gb/s"),
-        _card("h100", 989.4, 66.9, 79.2, 3350, 450, 50, f"NVIDIA H100 data sheet, SXM5, dense; {_EIGHT}, 400 Gb/s"),
-        _card("h200", 989.4, 66.9, 139.8, 4800, 450, 50, f"NVIDIA H200 data sheet, SXM, dense; {_EIGHT}, 400 Gb/s"),
-        _card("b200", 2250, 75, 178, 8000, 900, 50, f"NVIDIA HGX B200 data sheet, dense; {_EIGHT}, 400 Gb/s"),
+        _card(
+            "a100-40", 312, 156, 19.5, 39.4, 1555, 300, 25, f"NVIDIA A100 data sheet, SXM4 40 GB; {_EIGHT}, 200 Gb/s"
+        ),
+        _card(
+            "a100-80", 312, 156, 19.5, 79.2, 2039, 300, 25, f"NVIDIA A100 data sheet, SXM4 80 GB; {_EIGHT}, 200 Gb/s"
+        ),
+        _card(
+            "h100", 989.4, 494.7, 66.9, 79.2, 3350, 450, 50, f"NVIDIA H100 data sheet, SXM5, dense; {_EIGHT}, 400 Gb/s"
+        ),
+        _card(
+            "h200", 989.4, 494.7, 66.9, 139.8, 4800, 450, 50, f"NVIDIA H200 data sheet, SXM, dense; {_EIGHT}, 400 Gb/s"
+        ),
+        _card("b200", 2250, 1125, 75, 178, 8000, 900, 50, f"NVIDIA HGX B200 data sheet, dense; {_EIGHT}, 400 Gb/s"),
         _card(
             "4090",
             165.2,
+            82.6,
             82.6,
             23.5,
             1008,
@@ -72,7 +91,7 @@ DEVICES: dict[str, DeviceKind] = {
             3.1,
             "NVIDIA Ada whitepaper, dense, float32 sums; links by our guess: PCIe 4.0 x16, 25 Gb/s Ethernet",
         ),
-        _card("cpu", 0, 0, 0, 0, 5, 1.25, "this machine, measured; links by our guess, 10 Gb/s Ethernet"),
+        _card("cpu", 0, 0, 0, 0, 0, 5, 1.25, "this machine, measured; links by our guess, 10 Gb/s Ethernet"),
     )
 }
 

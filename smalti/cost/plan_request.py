@@ -30,7 +30,7 @@ class Measured:
     low: float | None = None
     high: float | None = None
     devices: int = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     activation_checkpointing: CheckpointPolicy = "none"
     network: BackboneConfig | None = None
     peak_tflops: float | None = None
@@ -80,7 +80,7 @@ class PlanRequest:
     name: str = ""
     batch_size: int = 256
     micro_batch: int | None = None
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     nodes: int = 1
     gpus_per_node: int = 1
     strategy: Strategy = "single"

@@ -57,7 +57,7 @@ def step_memory(
     network: BackboneConfig,
     micro_batch: int,
     *,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
     policy: CheckpointPolicy = "none",
     hardware: Hardware = "cuda",
     accumulating: bool = False,

@@ -196,7 +196,8 @@ class RunConfig:
         batch_size: images per step.
         micro_batch: images per forward pass and process; gradients of a step are summed over them. None = all of the
             process's share. Halved by itself where memory does not suffice.
-        precision: fp32, or bf16 autocast around fp32 weights.
+        precision: fp32; tf32, in which CUDA rounds the factors of products to 10 bits, forward and backward, and other
+            devices do as in fp32; or bf16 autocast around fp32 weights. Previews in tf32 are drawn in fp32.
         stochastic_depth: share of images that leave out the residual branches of the deepest blocks in training, less
             for earlier ones; 0 = none. Diffusion-RWKV's released training uses 0.1.
         ema_decay: None = suited to `steps`; see docs/guide/train.md.
@@ -221,7 +222,7 @@ class RunConfig:
     steps: int = 10_000
     batch_size: int = 64
     micro_batch: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     stochastic_depth: float = 0.0
     ema_decay: float | None = None
     seed: int = 0

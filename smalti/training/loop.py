@@ -13,7 +13,7 @@ from smalti.errors import ConfigError, SmaltiError
 from smalti.models import config_of
 from smalti.training.batches import BatchSource, TrainBatch
 from smalti.training.config import RunConfig
-from smalti.training.device import autocast
+from smalti.training.device import autocast, products
 from smalti.training.distributed import whole
 from smalti.training.fused_update import Updates
 from smalti.training.optim import learning_rate
@@ -213,7 +213,7 @@ def _run_micro_batch(
     labels = None if batch.class_labels is None else batch.class_labels.to(device)
     # Both also around the backward pass: it may compute blocks again.
     depth = stochastic_depth(state.model, config.stochastic_depth, config.seed, batch.positions)
-    with depth:
+    with depth, products(device, config.precision):
         with autocast(device, config.precision):
             losses: Tensor = training_losses(
                 state.engine.call,

@@ -50,7 +50,7 @@ def plan_request(
     factor: int = 8,
     batch_size: int | None = None,
     micro_batch: int | None = None,
-    precision: Literal["fp32", "bf16"] | None = None,
+    precision: Literal["fp32", "tf32", "bf16"] | None = None,
     nodes: int = 1,
     gpus_per_node: int = 1,
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] | None = None,

@@ -64,7 +64,7 @@ FACTS = {
         "data.validation_fraction": 0.0,
         "data.posterior": "sample",
     },
-    "dit-*": {"precision": "fp32", "optimizer.decay": "constant", "optimizer.warmup_steps": 0, "stochastic_depth": 0.0},
+    "dit-*": {"precision": "tf32", "optimizer.decay": "constant", "optimizer.warmup_steps": 0, "stochastic_depth": 0.0},
     "diffussm-*": {"precision": "bf16", "optimizer.decay": "constant", "optimizer.warmup_steps": 0},
     "udit-*": {
         "precision": "bf16",
@@ -75,7 +75,7 @@ FACTS = {
     "[du]i*": {"optimizer.clip_norm": None},
     "*-imagenet*": {"objective.label_dropout": 0.1},
     "drwkv-*": {
-        "precision": "fp32",
+        "precision": "tf32",
         "optimizer.decay": "cosine",
         "optimizer.clip_norm": 1.0,
         "stochastic_depth": 0.1,
