@@ -32,7 +32,7 @@ def cache_folder() -> Path:
 class PackedNames(Sequence[str]):
     """Names in one piece of memory: millions of Python strings would take gigabytes, and minutes of the collector."""
 
-    def __init__(self, text: bytes, ends: np.ndarray) -> None:
+    def __init__(self, text: bytes | memoryview, ends: np.ndarray) -> None:
         self.text, self.ends = text, ends
 
     @classmethod
@@ -65,14 +65,17 @@ class PackedNames(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         start = int(self.ends[place - 1]) if place else 0
-        return self.text[start : int(self.ends[place])].decode("utf-8", "surrogateescape")
+        return str(self.text[start : int(self.ends[place])], "utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         start = 0
         for first in range(0, len(self.ends), _AT_ONCE):
             for end in self.ends[first : first + _AT_ONCE].tolist():
-                yield self.text[start:end].decode("utf-8", "surrogateescape")
+                yield str(self.text[start:end], "utf-8", "surrogateescape")
                 start = end
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedNames, (bytes(self.text), self.ends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +129,7 @@ def _parse(data: bytes, head_end: int) -> StoredIndex:
         at += arrays[name].nbytes
     names = {}
     for name in head["names"]:
-        text, ends = arrays.pop(f"{name} text").tobytes(), arrays.pop(f"{name} ends")
+        text, ends = arrays.pop(f"{name} text").data.cast("B"), arrays.pop(f"{name} ends")
         if ends.ndim != 1 or np.any(np.diff(ends, prepend=0) < 0) or int(ends[-1] if len(ends) else 0) != len(text):
             raise ValueError("names that end where there are none")
         names[name] = PackedNames(text, ends)
