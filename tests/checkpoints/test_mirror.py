@@ -178,6 +178,16 @@ def test_a_store_that_swallows_bytes_is_found_out_at_once(tmp_path, faults, url)
 
 
 @pytest.mark.faults
+def test_a_store_that_spoils_the_manifest_is_found_out_at_once(tmp_path, faults, url):
+    class Spoiling(Faulty):
+        def pipe_file(self, target, data):
+            self.real.pipe_file(target, data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+
+    with pytest.raises(StorageError, match=r"manifest\.json does not come back as it was written"):
+        mirror(url, remote=Spoiling(remote_of(url))).upload(save(tmp_path / "here", 10, faults))
+
+
+@pytest.mark.faults
 def test_a_damaged_file_there_is_told_and_the_older_checkpoint_fetched(tmp_path, faults, url):
     there = mirror(url, keep_last=5)
     for step in (10, 20, 30):

@@ -32,6 +32,7 @@ from smalti.training.config import (
     StoreConfig,
 )
 from smalti.training.log import read_log
+from smalti.training.status import FAILED, FINISHED, read_status
 from smalti.training.stop import StopRequest
 from smalti.workflows.run_folder import load_config
 from smalti.workflows.train import train
@@ -274,12 +275,14 @@ def test_every_setting_of_the_identity_has_a_test():
 def test_another_run_in_the_same_folder_is_refused_by_the_name_of_the_setting(finished, name):
     config, _ = finished
     value = replace(CHANGES[name], path=config.data.path) if name == "data" else CHANGES[name]
-    before = {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name != ".lock"}
-    with pytest.raises(ConfigError, match=rf"holds another run \({name}: ") as caught:
+    told = (".lock", FAILED, FINISHED)
+    before = {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name not in told}
+    with pytest.raises(ConfigError, match=rf"holds another run \({name}\b") as caught:
         train(replace(config, **{name: value}))
     assert "\n" not in str(caught.value)
     assert "choose another --out" in str(caught.value)
-    assert {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    assert {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name not in told} == before
+    assert (read_status(config.out).values["exit_code"], read_status(config.out).retry) == ("64", False)
 
 
 @pytest.mark.faults
