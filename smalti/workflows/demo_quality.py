@@ -54,7 +54,7 @@ def demo_quality(configs: Mapping[str, RunConfig], out: Path) -> DemoQuality:
     drawing = Drawing(
         images=len(split(images, first.data.validation_fraction, first.seed).validation),
         micro_batch=MICRO_BATCH,
-        precision=first.precision,
+        precision="bf16" if first.precision == "bf16" else "fp32",
         sampling=first.preview,
     )
     written = evaluate(
