@@ -8,6 +8,7 @@ containers keep small, and no one can tell at which step a worker died.
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import io
 import multiprocessing
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _PIPE_BYTES = 1 << 20  # as much as Linux lets any user have
 _HEAD = np.dtype("<i8")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class WorkerDiedError(SmaltiError):
@@ -161,7 +163,7 @@ class _Worker:
                 fcntl.fcntl(self.pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         inherited = [*others, self.pipe] if start_method == "fork" else []
         self.process = context.Process(  # type: ignore[attr-defined]
-            target=_work, args=(load, steps, theirs, inherited), daemon=True, name="smalti-data"
+            target=_work, args=(load, steps, theirs, inherited, os.getpid()), daemon=True, name="smalti-data"
         )
         with warnings.catch_warnings():
             # Python 3.12 warns of forks beside threads. The child takes no lock that a thread of ours could hold.
@@ -215,10 +217,23 @@ class _Worker:
         self.pipe.close()
 
 
-def _work(load: Callable[[int], Any], steps: range, pipe: Connection, inherited: list[Connection]) -> None:
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process with the one that it works for, where it can.
+
+    A broken pipe would tell as well, but only at the next batch; until then the sockets inherited from a killed process
+    stay open, and the other processes of the run do not hear that it is gone.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was already gone
+            os._exit(1)
+
+
+def _work(load: Callable[[int], Any], steps: range, pipe: Connection, inherited: list[Connection], parent: int) -> None:
     # The parent decides when to stop; a signal to the whole group (Ctrl-C, a scheduler's notice) is for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_with(parent)
     for connection in inherited:
         connection.close()
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """What the processes of one training run do as one: hold its folder, agree on what it is, write, and make room."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -119,10 +120,12 @@ def allowed_micro_batch(config: RunConfig, me: World) -> int | None:
     """As asked for, or less where that was found to be too much for the memory."""
     path, found = config.out / MICRO_BATCH, None
     if me.rank == 0 and path.exists():
-        kept = json.loads(path.read_text())
-        found = kept["micro_batch"] if kept["asked"] == config.micro_batch else None
+        # Only a hint: where it is damaged, memory is tried out again.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            kept = json.loads(path.read_text())
+            found = int(kept["micro_batch"]) if kept["asked"] == config.micro_batch else None
     found = me.broadcast_object(found)
-    return config.micro_batch if found is None else int(found)
+    return config.micro_batch if found is None else max(1, int(found))
 
 
 def told_of_memory(steps: Iterator[StepReport], config: RunConfig, me: World) -> Iterator[StepReport]:

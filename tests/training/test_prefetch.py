@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,41 @@ def test_workers_do_not_hold_the_lock_of_a_run_whose_process_was_killed(tmp_path
     holder.join()
     with RunLock(tmp_path):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not os.path.exists("/proc/self"), reason="asks the Linux kernel")
+def test_a_worker_that_is_busy_ends_with_the_process_it_works_for(tmp_path):
+    """Its next batch, at which it would notice a broken pipe, is a minute away."""
+    note = tmp_path / "worker"
+
+    def load(step):
+        (tmp_path / "half").write_text(str(os.getpid()))
+        os.replace(tmp_path / "half", note)
+        time.sleep(60)
+
+    child = os.fork()
+    if not child:
+        try:
+            next(prefetched(load, 0, 4, workers=1))
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 20
+    while not note.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker = int(note.read_text())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while not ended(worker) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ended(worker)
+
+
+def ended(process):
+    """Gone, or a zombie that nobody has asked after yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_where_there_are_no_forks_a_picklable_function_does():
