@@ -1,11 +1,11 @@
 """Where a run computes, and in which precision."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from smalti.errors import ConfigError
+from smalti.ops.float32 import tensor_float_32, whole_float32
 
 
 def resolve_device(name: str) -> torch.device:
@@ -40,33 +40,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def products(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context of products in float32, backward passes too: TF32 on CUDA where that is the precision.
-
-    Without it they are as the process has them, which is in whole float32 unless somebody changed it.
+    """The context of products and convolutions in float32, backward passes too: on CUDA whole, or in TF32 where that is
+    the precision. On other devices they are as the process has them, which is whole unless somebody changed it.
     """
-    return tensor_float_32() if precision == "tf32" and device.type == "cuda" else nullcontext()
-
-
-@contextmanager
-def tensor_float_32() -> Iterator[None]:
-    """Matrix products of float32 on CUDA round their factors to 10 bits of mantissa; afterwards all is as before.
-
-    The setting is the process's: other threads that compute meanwhile have it too.
-    """
-    # One setting is from before torch 2.9, and one for each kind of product since. Torch stops where the two disagree.
-    rules = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [rule.fp32_precision for rule in rules]
-    try:
-        all_before = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        all_before = None
-    if all_before is not None:
-        torch.set_float32_matmul_precision("high")
-    rules[0].fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        if all_before is not None:
-            torch.set_float32_matmul_precision(all_before)
-        for rule, precision in zip(rules, before, strict=True):
-            rule.fp32_precision = precision
+    if device.type != "cuda":
+        return nullcontext()
+    return {"fp32": whole_float32, "tf32": tensor_float_32}.get(precision, nullcontext)()

@@ -45,6 +45,7 @@ from smalti.storage.sealed import smalti_version
 from smalti.storage.tensors import file_pieces, file_size
 from smalti.training.device import autocast_dtype, resolve_device
 from smalti.training.stop import StopRequest
+from smalti.workflows.chunk_range import read_chunk_range
 from smalti.workflows.out_folder import check_folder
 from smalti.workflows.progress import ProgressReport
 from smalti.world import World
@@ -123,9 +124,9 @@ def encode(settings: EncodeSettings, *, fs: FileSystem | None = None) -> EncodeR
     images = _images(settings, place)
     wanted = _record(settings, codec, images, device)
     if not (settings.out / RECORD).exists():
-        _read_range(settings.chunks, wanted.identity)
+        _chunks_of(settings, wanted.identity)
     record = _settle(settings, wanted, fs)
-    chosen = _read_range(settings.chunks, record.identity)
+    chosen = _chunks_of(settings, record.identity)
     store = ChunkStore(settings.out, record.identity.chunks, record.identity.digest, fs=fs)
     before = torch.get_num_threads()
     torch.set_num_threads(record.identity.threads)
@@ -209,20 +210,10 @@ def _settle(settings: EncodeSettings, wanted: LatentRecord, fs: FileSystem) -> L
     return wanted
 
 
-def _read_range(text: str, identity: LatentIdentity) -> range:
-    """`a:b` as chunk numbers, b not included; either may be left out."""
-    if not text:
-        return range(identity.chunks)
-    first, colon, last = text.partition(":")
-    if not colon or any(part and not (part.isascii() and part.isdigit()) for part in (first, last)):
-        raise ConfigError(f"--chunks {text!r}: expected a range of chunk numbers such as 0:8, 8: or :8")
-    chosen = range(int(first or 0), min(int(last or identity.chunks), identity.chunks))
-    if not chosen:
-        raise ConfigError(
-            f"--chunks {text}: there is no such chunk; these {identity.count:,} images are cut into chunks of "
-            f"{identity.chunk_rows}, numbered 0 to {identity.chunks - 1}"
-        )
-    return chosen
+def _chunks_of(settings: EncodeSettings, identity: LatentIdentity) -> range:
+    return read_chunk_range(
+        settings.chunks, chunks=identity.chunks, count=identity.count, chunk_size=identity.chunk_rows
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from smalti.sampling.record import LabelRule, ModelFacts, SampleIdentity, Sample
 from smalti.storage import filesystem
 from smalti.storage.sealed import smalti_version
 from smalti.training.device import resolve_device
+from smalti.workflows.chunk_range import read_chunk_range
 from smalti.workflows.out_folder import check_folder
 from smalti.workflows.sample import Source, load_source, parse_seeds, read_classes, require_images, sample
 from smalti.world import World
@@ -132,7 +133,7 @@ def read_request(settings: SampleSettings, place: World) -> SampleRequest:
     )
     device_name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
     record = SampleRecord(identity=identity, model=facts, device_name=device_name, smalti=smalti_version())
-    read_range(settings.chunks, identity)
+    chunks_of(settings, identity)
     return SampleRequest(settings, source, where, seeds, labels, record)
 
 
@@ -153,21 +154,12 @@ def _label_rule(settings: SampleSettings, source: Source, labels: list[int] | No
     return LabelRule(rule=settings.label_rule, num_classes=total, sha256=labels_sha256(labels))
 
 
-def read_range(text: str, identity: SampleIdentity) -> range:
-    """`a:b` as chunk numbers, b not included; either may be left out.
+def chunks_of(settings: SampleSettings, identity: SampleIdentity) -> range:
+    """What `settings.chunks` means for this set.
 
     Raises:
         ConfigError: not of that form, or no chunk of the set is in it.
     """
-    if not text:
-        return range(identity.chunks)
-    first, colon, last = text.partition(":")
-    if not colon or any(part and not (part.isascii() and part.isdigit()) for part in (first, last)):
-        raise ConfigError(f"--chunks {text!r}: expected a range of chunk numbers such as 0:8, 8: or :8")
-    chosen = range(int(first or 0), min(int(last or identity.chunks), identity.chunks))
-    if not chosen:
-        raise ConfigError(
-            f"--chunks {text}: there is no such chunk; these {identity.count:,} images are cut into chunks of "
-            f"{identity.chunk_size}, numbered 0 to {identity.chunks - 1}"
-        )
-    return chosen
+    return read_chunk_range(
+        settings.chunks, chunks=identity.chunks, count=identity.count, chunk_size=identity.chunk_size
+    )

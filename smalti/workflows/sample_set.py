@@ -37,7 +37,7 @@ from smalti.training.stop import StopRequest
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.sample import sample
 from smalti.workflows.sample_folder import GRID, NPZ, YAML, open_store, png_name, settle
-from smalti.workflows.sample_request import SampleRequest, SampleSettings, read_range, read_request
+from smalti.workflows.sample_request import SampleRequest, SampleSettings, chunks_of, read_request
 from smalti.world import World
 
 GRID_IMAGES = 64
@@ -76,7 +76,7 @@ def sample_set(settings: SampleSettings, *, fs: FileSystem | None = None) -> Sam
     place = World.launched()
     request = read_request(settings, place)
     record = settle(settings, request.record, fs)
-    wanted = read_range(settings.chunks, record.identity)
+    wanted = chunks_of(settings, record.identity)
     store = open_store(record.identity, settings.out, fs)
     before = torch.get_num_threads()
     torch.set_num_threads(record.identity.threads)

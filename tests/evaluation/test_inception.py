@@ -23,7 +23,7 @@ from smalti.evaluation.networks.inception import (
     fold_batch_norm,
     inception_input,
 )
-from smalti.evaluation.networks.whole_float32 import whole_float32
+from smalti.ops.float32 import whole_float32
 
 
 @pytest.fixture(scope="module")

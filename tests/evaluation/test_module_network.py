@@ -98,7 +98,7 @@ CHOICES = {
 }
 PROGRAM = """
 import torch
-from smalti.evaluation.networks.whole_float32 import whole_float32
+from smalti.ops.float32 import whole_float32
 
 b = torch.backends
 rules = (b.cudnn.conv, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul)

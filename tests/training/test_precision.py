@@ -41,18 +41,20 @@ for context in (products, autocast):
         print(b.cuda.matmul.fp32_precision, end=" ")
         torch.ones(8, 8) @ torch.ones(8, 8)
     print(state() == before, end=" ")
-    for device, precision in (("cpu", "tf32"), ("cuda", "fp32")):
-        with context(torch.device(device), precision):
-            print(state() == before, end=" ")
+    with context(torch.device("cpu"), "tf32"):
+        print(state() == before, end=" ")
+    with context(torch.device("cuda"), "fp32"):
+        print([rule.fp32_precision for rule in rules] == ["ieee"] * 4, end=" ")
+    print(state() == before, end=" ")
 """
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_tf32_is_on_inside_for_cuda_alone_and_whatever_was_chosen_before_comes_back(choice):
+def test_on_cuda_tf32_and_fp32_are_what_they_say_and_whatever_was_chosen_before_comes_back(choice):
     # In a process of its own: some of these choices cannot be undone.
     code = PROGRAM.format(choice=CHOICES[choice])
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["tf32", "True", "True", "True"] * 2, done.stderr
+    assert done.stdout.split() == ["tf32", "True", "True", "True", "True"] * 2, done.stderr
 
 
 def test_what_is_kept_in_tf32_is_float32():

@@ -26,7 +26,7 @@ from smalti.evaluation.networks.inception_weights import (
     read_inception_weights,
 )
 from smalti.evaluation.networks.resize import resize_tf1
-from smalti.evaluation.networks.whole_float32 import whole_float32
+from smalti.ops.float32 import whole_float32
 from smalti.storage.tensors import differences, load_tensors, shapes_of, tensors_digest
 
 SIZE = 299

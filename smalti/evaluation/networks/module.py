@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from smalti.config import did_you_mean
 from smalti.errors import ConfigError, DataError
 from smalti.evaluation.features import KINDS, NetworkIdentity
-from smalti.evaluation.networks.whole_float32 import whole_float32
+from smalti.ops.float32 import whole_float32
 from smalti.storage.tensors import tensors_digest
 
 Resize = Literal["bicubic", "bilinear"]
