@@ -12,10 +12,11 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
+from smalti.data.made_names import MadeNames
 from smalti.errors import StorageError
 from smalti.storage.filesystem import LocalFileSystem, make_folders
 from smalti.storage.replacing import replace_file
@@ -29,7 +30,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smalti"
 
 
-class PackedNames(Sequence[str]):
+class PackedNames(MadeNames):
     """Names in one piece of memory: millions of Python strings would take gigabytes, and minutes of the collector."""
 
     def __init__(self, text: bytes | memoryview, ends: np.ndarray) -> None:
@@ -54,18 +55,9 @@ class PackedNames(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        start = int(self.ends[place - 1]) if place else 0
-        return str(self.text[start : int(self.ends[place])], "utf-8", "surrogateescape")
+    def name(self, index: int) -> str:
+        start = int(self.ends[index - 1]) if index else 0
+        return str(self.text[start : int(self.ends[index])], "utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         start = 0

@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from smalti.data.folder_pass import RejectedFile, refuse_case_twins
 from smalti.data.grouping import grouped, text_digests
 from smalti.data.image_set import merge_twins
 from smalti.data.index_file import PackedNames, cache_folder, parse_index, read_index, write_index
+from smalti.data.made_names import MadeNames
 from smalti.data.read_ahead import ReadAhead
 from smalti.data.shard_index import FOLDER, NAME, NUMBER, ShardIndex, index_shard, key_of, restored, stored
 from smalti.data.shard_manifest import check_manifest
@@ -41,7 +41,7 @@ _SHOWN = 5
 _SOURCES = {NUMBER: "a number", NAME: "a name", FOLDER: "the folder in their path"}
 
 
-class ShardNames(Sequence[str]):
+class ShardNames(MadeNames):
     """`SHARD:PATH` of each image, made when asked for."""
 
     def __init__(self, shards: Sequence[ShardIndex], starts: Sequence[int]) -> None:
@@ -50,16 +50,7 @@ class ShardNames(Sequence[str]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def name(self, index: int) -> str:
         number = bisect.bisect_right(self._starts, index) - 1
         shard = self._shards[number]
         return f"{shard.shard}:{shard.paths[index - self._starts[number]]}"

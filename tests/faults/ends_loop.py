@@ -36,19 +36,16 @@ def slow_disk():
     os.fsync = fsync
 
 
-def step_during_a_save(child, out):
-    """Until a step was finished while one checkpoint was being written; False if the run ended before."""
-
-    def saving():
-        folder = out / "checkpoints"
-        return {name for name in os.listdir(folder) if name.startswith(".tmp-0")} if folder.exists() else set()
-
-    while True:
-        before = saving()
-        if not child.wait_for_steps(1):
-            return False
-        if before & saving():
-            return True
+def met_a_save(child, out):
+    """Until a checkpoint is being written beside the training; False if the run ended before."""
+    folder = out / "checkpoints"
+    while child.wait_for_steps(1):
+        deadline = time.monotonic() + 0.05
+        while time.monotonic() < deadline:
+            if folder.exists() and any(name.startswith(".tmp-0") for name in os.listdir(folder)):
+                return True
+            time.sleep(0.002)
+    return False
 
 
 def whole_and_newest(out):
@@ -62,7 +59,7 @@ def killed_during_saves(root, arguments, count):
     result = dict.fromkeys(["during a save", "killed", "open", "kept"], 0)
     for _ in range(count):
         child = Child(arguments(out), log, slow_disk)
-        result["during a save"] += step_during_a_save(child, out)
+        result["during a save"] += met_a_save(child, out)
         before = newest_step(out)
         result["killed"] += child.end(signal.SIGKILL) == -signal.SIGKILL
         result["open"] += read_status(out).kind == "open"
@@ -89,7 +86,7 @@ def stopped(root, arguments, count):
 
         if k % 2:
             child = Child(arguments(out), log, slow_disk)
-            result["met"] += step_during_a_save(child, out)
+            result["met"] += met_a_save(child, out)
         else:
             child = Child(arguments(out), log, linger)
             deadline = time.monotonic() + 60

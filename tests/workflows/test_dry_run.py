@@ -171,7 +171,7 @@ def test_a_recipe_that_is_too_large_is_refused_without_its_memory(monkeypatch, c
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 64
     captured = capsys.readouterr()
     assert "dit-s-2 does not fit here" in captured.err
-    assert "256 images at once of 256 in fp32" in captured.out
+    assert "256 images at once of 256 in tf32" in captured.out
 
 
 def test_free_memory_is_what_the_machine_says(tried):
