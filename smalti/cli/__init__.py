@@ -41,7 +41,7 @@ GROUPS = {
 }
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
-PATIENCE = 5.0  # seconds that a process leaves to the first one to say the same
+PATIENCE = 2.0  # seconds that a process leaves to the first one to say the same
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
