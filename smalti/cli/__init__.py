@@ -124,7 +124,8 @@ def _say(text: str) -> None:
     if rank == "0":
         sys.stderr.write(text)
     elif not _stopped_within(PATIENCE):
-        sys.stderr.write(f"process {rank}: {text}")
+        says_who = f"process {rank} of " in text
+        sys.stderr.write(text if says_who else f"process {rank}: {text}")
     sys.stderr.flush()
 
 
