@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -45,8 +45,6 @@ from smalti.workflows.train_together import (
     whole_network,
 )
 from smalti.world import world
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,17 +94,19 @@ def _run(
 ) -> TrainResult:
     config, me = run.config, run.world
 
-    def kept(make: Callable[..., T], *place: object, **more: object) -> T:
-        return make(
-            *place,
-            keep_last=config.keep_checkpoints,
-            keep_every=config.store.keep_every,
-            keep_best=config.store.keep_best,
-            **more,
-        )
-
-    mirror = kept(Mirror, config.store.mirror) if config.store.mirror else None
-    store = kept(CheckpointStore, config.out / "checkpoints", sole_writer=True, world=me, mirror=mirror)
+    last, every, best = config.keep_checkpoints, config.store.keep_every, config.store.keep_best
+    mirror: Mirror | None = None
+    if config.store.mirror:
+        mirror = Mirror(config.store.mirror, keep_last=last, keep_every=every, keep_best=best)
+    store = CheckpointStore(
+        config.out / "checkpoints",
+        keep_last=last,
+        keep_every=every,
+        keep_best=best,
+        sole_writer=True,
+        world=me,
+        mirror=mirror,
+    )
     lines = baselines_of(run) if run.triples is not None else None
     with ExitStack() as at_end:
         silence = at_end.enter_context(open(os.devnull, "w")) if me.rank else None
