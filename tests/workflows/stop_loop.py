@@ -208,10 +208,16 @@ def wait_for_a_save(out):
     """Until a checkpoint is half written; False if none was within some seconds."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            if any(name.startswith(".tmp-0") for name in os.listdir(out / "checkpoints")):
-                return True
+        if has_a_checkpoint(out, ".tmp-0"):
+            return True
         time.sleep(0.0005)
+    return False
+
+
+def has_a_checkpoint(out, prefix):
+    """The folder itself is made with the first checkpoint, which a slow machine writes after the steps seen here."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(name.startswith(prefix) for name in os.listdir(out / "checkpoints"))
     return False
 
 
@@ -252,12 +258,13 @@ def refuse_a_second(root, data, seconds):
     """One run stands still in the middle while others try the same folder, by the same command and by other ones."""
     out, log, refused, go = root / "held", root / "held.txt", root / "refused.txt", root / "go"
     whole = run_whole(root / "whole", data, STEPS)
+    parent = os.getpid()
 
     def wait():
         real = looks.validate
 
         def validate(*args, **kwargs):
-            while not go.exists():
+            while not go.exists() and os.getppid() == parent:  # nobody would ever say go if this script failed
                 time.sleep(0.01)
             return real(*args, **kwargs)
 
@@ -265,10 +272,9 @@ def refuse_a_second(root, data, seconds):
 
     first = Child(flags(out, data, "--steps", str(STEPS)), log, wait)
     first.wait_for_steps(3)
-    while not any(name.startswith("step-") for name in os.listdir(out / "checkpoints")):
+    while not has_a_checkpoint(out, "step-"):
         time.sleep(0.01)
-    time.sleep(0.5)  # for what the first writes in the background
-    before = files_of(out)
+    before = files_at_rest(out)
     result = {"refused": 0, "named": 0, "wrote": 0}
     for k in range(seconds):
         other = ["--seed", "1"] if k % 2 else []
@@ -278,6 +284,15 @@ def refuse_a_second(root, data, seconds):
     result["named"] = refused.read_text().count(f"is being written by process {first.pid} on")
     go.write_text("")
     return result | {"code": first.end()} | same(out, whole)
+
+
+def files_at_rest(folder):
+    """The files, once nothing has been written in the background for half a second."""
+    before = None
+    while before != (now := files_of(folder)):
+        before = now
+        time.sleep(0.5)
+    return now
 
 
 def files_of(folder):
