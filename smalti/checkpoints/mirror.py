@@ -25,7 +25,7 @@ from smalti.storage.filesystem import (
     storage_errors,
     write_file,
 )
-from smalti.storage.objects import shown
+from smalti.storage.objects import file_system, shown
 from smalti.storage.sealed import NewerFormatError, check_format, unseal
 
 PAUSES = (0.5, 2.0, 8.0)  # seconds before the second and each later try
@@ -308,21 +308,12 @@ class Mirror:
 
 
 def _connect(url: str) -> tuple[Any, str]:
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as error:
-        raise ConfigError(f"{shown(url)}: a mirror needs the package fsspec (`pip install fsspec`)") from error
     if url.startswith(("http://", "https://")):
         raise ConfigError(f"{shown(url)} is no place for a mirror: nothing can be written there; give s3:// or gs://")
-    try:
-        remote, root = url_to_fs(url)
-    except ImportError as error:
-        raise ConfigError(f"{shown(url)} needs another package: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{shown(url)} is no place for a mirror: {error}") from error
+    remote, root = file_system(url)
     if "file" in remote.protocol and os.path.lexists(root) and not os.path.isdir(root):
         raise ConfigError(f"{shown(url)} is a file; a mirror is a folder")
-    return remote, str(root)
+    return remote, root
 
 
 def _is_foreign(one: _Remote, run_id: str | None) -> bool:

@@ -246,7 +246,7 @@ class FsspecStore:
             if self._pid != -1:
                 self._lock = threading.Lock()
             with self._lock:
-                self._fs, self._root = _file_system(self._place)
+                self._fs, self._root = file_system(self._place)
                 self._pid = os.getpid()
         return self._fs
 
@@ -257,7 +257,12 @@ class FsspecStore:
         return FsspecStore, (self._place,)
 
 
-def _file_system(place: str) -> tuple[Any, str]:
+def file_system(place: str) -> tuple[Any, str]:
+    """What fsspec has for a URL, and the path of the place in it; each call makes its own.
+
+    Raises:
+        ConfigError: nothing is known of such URLs, or the package that reads them is not installed.
+    """
     from fsspec.core import url_to_fs
 
     scheme = place.partition("://")[0].lower()
