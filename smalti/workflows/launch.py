@@ -22,30 +22,55 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs":
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchRequest:
+class LaunchSettings:
+    """Where a command is started, and how often again: what the command line asks for."""
+
+    emit: Emit
+    """torchrun: a bash script. slurm: for sbatch. k8s: for kubectl apply. skypilot: for sky jobs launch."""
+    name: str = "smalti"
+    """Of the job: lower-case letters, digits and dashes."""
+    nodes: int = 1
+    """Machines that train together."""
+    gpus_per_node: int = 1
+    """0 = on the CPU."""
+    processes_per_node: int | None = None
+    """Left out: one per GPU."""
+    array: int = 0
+    """Of sample and encode: this many jobs that share the work (slurm, k8s)."""
+    chunks: int | None = None
+    """Chunks in all, dealt out to the array by number. Left out: each job makes whichever are missing."""
+    retries: int = 5
+    """Starts in a row without a newer checkpoint before it gives up."""
+    backoff: int = 15
+    """Seconds before the second start; doubles from one to the next, up to 32 times this."""
+    grace: int = 120
+    """Seconds from the signal to the end. Must exceed twice the time of a save, which `smalti plan` shows."""
+    port: int = 29_400
+    """Several machines meet at this port of the first."""
+    image: str = ""
+    """Container image with Python, torch and smalti (k8s, skypilot)."""
+    claim: str = ""
+    """PersistentVolumeClaim that data and runs lie on (k8s)."""
+    partition: str = ""
+    """Of Slurm."""
+    time_limit: str = ""
+    """Of Slurm, such as 12:00:00."""
+    sbatch: tuple[str, ...] = ()
+    """More options of Slurm, as in `--sbatch account=me cpus-per-task=16`."""
+    accelerators: str = "H100"
+    """Kind of GPU (skypilot)."""
+    install: str = ""
+    """What a fresh machine installs (skypilot). Left out: this version of smalti by pip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchRequest(LaunchSettings):
     """What to start, where, and how often again.
 
     Args:
         command: the words after `smalti`.
         out: the folder that the command writes to, as it is seen there.
         mirror: URL that checkpoints are copied to; "" = none.
-        emit: kind of file.
-        name: of the job; lower-case letters, digits and dashes.
-        nodes: machines that train together.
-        gpus_per_node: 0 = none, on the CPU.
-        processes_per_node: None = one per GPU, or one.
-        array: of `sample` and `encode`: this many jobs that share the work, instead of machines that talk; 0 = off.
-        chunks: of an array: chunks in all, dealt out by number; None = each job makes whichever are missing.
-        retries: starts in a row without a newer checkpoint before it gives up.
-        backoff: seconds before the second start; doubles up to 32 times that.
-        grace: seconds between the signal and the end; more than twice the time of a save, as `smalti plan` shows it.
-        port: that the machines meet at, on the first of them.
-        image: container image (k8s, skypilot).
-        claim: PersistentVolumeClaim for data and runs (k8s).
-        partition, time_limit: of Slurm; "" = its own.
-        sbatch: more options of Slurm, as in account=me.
-        accelerators: GPU kind (skypilot), such as H100.
-        install: what a fresh machine installs (skypilot); "" = this version of smalti.
         made_by: the command that made the file.
 
     Raises:
@@ -55,24 +80,6 @@ class LaunchRequest:
     command: tuple[str, ...]
     out: str
     mirror: str = ""
-    emit: Emit = "torchrun"
-    name: str = "smalti"
-    nodes: int = 1
-    gpus_per_node: int = 1
-    processes_per_node: int | None = None
-    array: int = 0
-    chunks: int | None = None
-    retries: int = 5
-    backoff: int = 15
-    grace: int = 120
-    port: int = 29_400
-    image: str = ""
-    claim: str = ""
-    partition: str = ""
-    time_limit: str = ""
-    sbatch: tuple[str, ...] = ()
-    accelerators: str = "H100"
-    install: str = ""
     made_by: tuple[str, ...] = ("smalti", "launch")
 
     def __post_init__(self) -> None:

@@ -57,7 +57,14 @@ echo "$*" >> "$HERE/said-scontrol"
 
 
 def request(**changes):
-    fields = {"command": ODD, "out": "a run", "backoff": 0, "gpus_per_node": 0, "made_by": ("smalti", "launch", *ODD)}
+    fields = {
+        "command": ODD,
+        "emit": "torchrun",
+        "out": "a run",
+        "backoff": 0,
+        "gpus_per_node": 0,
+        "made_by": ("smalti", "launch", *ODD),
+    }
     if changes.get("emit") == "k8s":
         fields |= {"image": "registry/smalti:1", "claim": "runs"}
     if changes.get("emit") == "skypilot":
