@@ -6,7 +6,7 @@ means that the run goes on, or died without a word: start it again.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,15 +42,18 @@ class RunStatus:
         return self.kind != "finished" and self.values.get("retry", "yes") == "yes"
 
 
-def mark_running(folder: Path, fs: FileSystem | None = None) -> None:
+def mark_running(folder: Path, fs: FileSystem | None = None, *, begun: bool = True) -> None:
     """A start: what the run folder says of earlier ones is taken away. The caller holds the `RunLock`.
+
+    Args:
+        begun: False = the start may still be refused, and FINISHED stays for now.
 
     Raises:
         StorageError: the disk refuses.
     """
     files = LocalFileSystem() if fs is None else fs
     with storage_errors(files, folder, 0, "clearing the mark of the last start", "Check the permissions of the folder"):
-        for name in _MARKS:
+        for name in _MARKS if begun else _MARKS - {FINISHED}:
             with contextlib.suppress(FileNotFoundError):
                 files.remove_file(folder / name)
 
@@ -98,25 +101,30 @@ def mark_finished(folder: Path, step: int, fs: FileSystem | None = None) -> None
 def mark_refused(folder: Path, error: SmaltiError, *, since: float = 0.0) -> None:
     """As `mark_failed`, for errors before the run holds its folder, such as settings that do not fit.
 
-    Nothing is written where the folder does not exist, where another run holds it, and where the disk refuses: the
-    error itself is on its way to the user, and what a run has is worth more than a mark.
+    Nothing is written where the folder does not exist, where another run holds it, where a run has finished, and where
+    the disk refuses: the error itself is on its way to the user, and what a run has is worth more than a mark.
     """
-    if not folder.is_dir() or isinstance(error, RunLockedError):
+    if not folder.is_dir() or isinstance(error, RunLockedError) or read_status(folder).kind == "finished":
         return
     with contextlib.suppress(RunLockedError, StorageError), RunLock(folder):
         mark_failed(folder, error, since=since)
 
 
 @contextmanager
-def marked_failures(folder: Path) -> Iterator[None]:
-    """Errors of the body that a user can mend leave their mark, inside the `RunLock`; a request to stop is none."""
+def marked_failures(folder: Path, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Errors of the body that a user can mend leave their mark, inside the `RunLock`; a request to stop is none.
+
+    Args:
+        begun: whether this start has gone on with the run. One that was refused before takes no run's FINISHED away.
+    """
     try:
         yield
     except PreemptedError:
         raise
     except SmaltiError as error:
-        with contextlib.suppress(StorageError):  # on a full disk the first error is the one to tell
-            mark_failed(folder, error)
+        if begun() or read_status(folder).kind != "finished":
+            with contextlib.suppress(StorageError):  # on a full disk the first error is the one to tell
+                mark_failed(folder, error)
         raise
 
 

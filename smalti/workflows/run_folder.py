@@ -32,9 +32,8 @@ def load_config(path: Path) -> RunConfig:
     return from_dict(RunConfig, data if data is not None else {}, str(path))
 
 
-def settle_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig) -> list[str]:
-    """As `check_config`; then write down what this run is."""
-    changed = check_config(config, catalogue)
+def write_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig) -> None:
+    """Write down what this run is, after `check_config`."""
     resolved = {
         "run": run_id(config.out) or uuid.uuid4().hex,
         "model": to_dict(model),
@@ -42,7 +41,6 @@ def settle_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig
     }
     for name, content in ((CONFIG, to_dict(config)), (RESOLVED, resolved)):
         write_text(config.out / name, yaml.safe_dump(content, sort_keys=False))
-    return changed
 
 
 def check_run_folder(config: RunConfig) -> None:

@@ -17,7 +17,6 @@ from smalti.checkpoints.mirror import Mirror
 from smalti.checkpoints.saver import AsyncSaver
 from smalti.checkpoints.together import Together
 from smalti.errors import PreemptedError
-from smalti.models import BackboneConfig
 from smalti.training.baselines import Baselines
 from smalti.training.config import RunConfig
 from smalti.training.device import resolve_device
@@ -33,13 +32,14 @@ from smalti.workflows.run_identity import identity_of, refuse_another_run
 from smalti.workflows.train_looks import baselines_of, quality_samples, quality_values, save_preview, validation_of
 from smalti.workflows.train_setup import Run, model_extra, new_state, prepare_run
 from smalti.workflows.train_together import (
+    Part,
     allowed_micro_batch,
+    changes_of,
     known_run,
     locked,
     marked,
     open_log,
     refusals_marked,
-    settle,
     told_of_memory,
     warn_of_slow_saves,
     whole_network,
@@ -80,19 +80,14 @@ def train(
     with world(device, patience) as me, Peers(me) as peers, peers.watched():
         with refusals_marked(config.out):
             run, model = prepare_run(config, me)
-        with locked(config.out, me, steal=steal), marked(config.out, me, lambda: peers.step):
-            changed = settle(config, run.catalogue, model, me)
-            return _run(run, model, changed, peers, on_step)
+        part = Part(config, run.catalogue, model, me)
+        with locked(config.out, me, steal=steal), marked(part, lambda: peers.step):
+            return _run(run, part, peers, on_step)
 
 
-def _run(
-    run: Run,
-    model: BackboneConfig,
-    changed: list[str],
-    peers: Peers,
-    on_step: Callable[[StepReport], None] | None,
-) -> TrainResult:
-    config, me = run.config, run.world
+def _run(run: Run, part: Part, peers: Peers, on_step: Callable[[StepReport], None] | None) -> TrainResult:
+    config, model, me = run.config, part.model, run.world
+    changed = changes_of(part)
 
     last, every, best = config.keep_checkpoints, config.store.keep_every, config.store.keep_best
     mirror: Mirror | None = None
@@ -113,7 +108,7 @@ def _run(
         stop = at_end.enter_context(StopRequest())
         progress = at_end.enter_context(ProgressReport("training", config.steps, out=silence))
         saver = at_end.enter_context(AsyncSaver(store, timeout=60 * config.parallel.timeout_minutes))
-        start = _Start(run, model, store, saver, changed, lines)
+        start = _Start(run, part, store, saver, changed, lines)
         if run.parallel.note:
             progress.note(run.parallel.note)
         while (finished := _train(start, stop, progress, peers, on_step)) is None:
@@ -135,7 +130,7 @@ class _Start:
     """What a run begins from, and begins from again after a rewind."""
 
     run: Run
-    model: BackboneConfig
+    part: Part
     store: CheckpointStore
     saver: AsyncSaver
     changed: list[str]
@@ -153,15 +148,16 @@ def _train(
     run, saver = start.run, start.saver
     config, me = run.config, run.world
     # Anew after a rewind, too: the weights of a run without a checkpoint are those of its seed.
-    state = new_state(run, start.model)
+    state = new_state(run, start.part.model)
     stored = start.store.load_newest(on_skip=lambda reason: progress.note(f"passed over {reason}"))
-    start.store.name_run((stored.run_id if stored is not None else None) or known_run(config.out, me))
     identity = identity_of(config, run.catalogue)
     if stored is not None:
         refuse_another_run(stored.state.get("identity"), config, run.catalogue, str(stored.path))
         state.restore(stored)
         progress.note(f"continuing {config.out} at step {state.step}")
         progress.continue_from(state.step)
+    start.part.begin()
+    start.store.name_run((stored.run_id if stored is not None else None) or known_run(config.out, me))
     peers.advance(state.step)
     config = replace(config, micro_batch=allowed_micro_batch(config, me))
     first = state.step if stored is not None else -1

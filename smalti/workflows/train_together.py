@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from smalti.training.loop import MicroBatchTooLargeError, StepReport
 from smalti.training.status import mark_finished, mark_preempted, mark_refused, mark_running, marked_failures
 from smalti.training.stop import outlasts_the_grace
 from smalti.workflows.progress import ProgressReport
-from smalti.workflows.run_folder import run_id, settle_config
+from smalti.workflows.run_folder import check_config, run_id, write_config
 from smalti.world import World
 
 MICRO_BATCH = "micro_batch.json"
@@ -53,16 +54,43 @@ def refusals_marked(folder: Path) -> Iterator[None]:
         raise
 
 
+@dataclass
+class Part:
+    """What this start has in the run whose folder it holds.
+
+    Until it has begun, it may be refused for what it asks or finds, and then leaves a finished run as it was.
+    """
+
+    config: RunConfig
+    catalogue: Catalogue
+    model: BackboneConfig
+    me: World
+    begun: bool = False
+
+    def begin(self) -> None:
+        """From here on the run is this one's: the word of the last start goes, and its settings are replaced."""
+        if self.begun:
+            return
+
+        def begin(_: object) -> None:
+            mark_running(self.config.out)
+            write_config(self.config, self.catalogue, self.model)
+
+        Together(self.me).step(lambda: None, begin)
+        self.begun = True
+
+
 @contextmanager
-def marked(folder: Path, me: World, step: Callable[[], int]) -> Iterator[None]:
+def marked(part: Part, step: Callable[[], int]) -> Iterator[None]:
     """Leave word in the run folder of how the body ended; see `smalti.training.status`.
 
     Args:
         step: how far the run is.
     """
+    folder, me = part.config.out, part.me
     if me.rank == 0:
-        mark_running(folder)
-    with marked_failures(folder):
+        mark_running(folder, begun=False)
+    with marked_failures(folder, lambda: part.begun):
         try:
             yield
         except PreemptedError as error:
@@ -86,8 +114,9 @@ def warn_of_slow_saves(seconds: float, log: "RunLog | _NoLog", step: int, progre
         progress.note(warning)
 
 
-def settle(config: RunConfig, catalogue: Catalogue, model: BackboneConfig, me: World) -> list[str]:
-    """`settle_config` by the first process, for all; they must train on the same examples."""
+def changes_of(part: Part) -> list[str]:
+    """`check_config` by the first process, for all; they must train on the same examples."""
+    config, catalogue = part.config, part.catalogue
 
     def agreed(fingerprints: list[str]) -> list[str]:
         if others := [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]:
@@ -95,9 +124,9 @@ def settle(config: RunConfig, catalogue: Catalogue, model: BackboneConfig, me: W
                 f"process {others[0]} finds other examples in {config.data.path} than process 0: every machine of "
                 "the run needs the same"
             )
-        return settle_config(config, catalogue, model)
+        return check_config(config, catalogue)
 
-    changed: list[str] = Together(me).step(lambda: catalogue.fingerprint, agreed)
+    changed: list[str] = Together(part.me).step(lambda: catalogue.fingerprint, agreed)
     return changed
 
 

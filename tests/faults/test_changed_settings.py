@@ -10,7 +10,7 @@ from smalti.config import from_dict, to_dict
 from smalti.errors import CheckpointError, ConfigError
 from smalti.sampling import SamplingConfig
 from smalti.training.config import RunConfig
-from smalti.workflows.run_folder import CONFIG, RESOLVED, settle_config
+from smalti.workflows.run_folder import CONFIG, RESOLVED, check_config, write_config
 from smalti.workflows.train_setup import prepare_run
 
 # What a run is: other samples, noise or weights would follow from these.
@@ -117,6 +117,13 @@ def changed(config, name, value):
     return from_dict(RunConfig, settings)
 
 
+def settle(config, catalogue, model):
+    """What a start does that is not refused."""
+    said = check_config(config, catalogue)
+    write_config(config, catalogue, model)
+    return said
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """(settings, catalogue, network) of a run whose folder has been settled."""
@@ -125,7 +132,7 @@ def started(tmp_path_factory):
     config = tiny_config(folder / "run", write_set(folder / "set"), preview=preview)
     config.out.mkdir()
     run, model = prepare_run(config)
-    assert settle_config(config, run.catalogue, model) == []
+    assert settle(config, run.catalogue, model) == []
     return config, run.catalogue, model
 
 
@@ -148,7 +155,7 @@ def test_a_setting_that_makes_another_run_is_refused_by_name_and_nothing_is_writ
     config, catalogue, model = started
     before = {path: path.read_bytes() for path in config.out.iterdir()}
     with pytest.raises(ConfigError, match=rf"holds another run \({name.split('.')[0]}\b") as caught:
-        settle_config(changed(config, name, REFUSED[name]), catalogue, model)
+        settle(changed(config, name, REFUSED[name]), catalogue, model)
     assert caught.value.exit_code == 64
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in config.out.iterdir()} == before
@@ -158,29 +165,29 @@ def test_a_setting_that_makes_another_run_is_refused_by_name_and_nothing_is_writ
 def test_a_setting_that_does_not_is_allowed_named_and_written_down(started, name):
     config, catalogue, model = started
     other = changed(config, name, NOTED[name])
-    (said,) = [line for line in settle_config(other, catalogue, model) if line.startswith(f"{name}:")]
+    (said,) = [line for line in settle(other, catalogue, model) if line.startswith(f"{name}:")]
     assert str(NOTED[name]) in said
     assert from_dict(RunConfig, yaml.safe_load((config.out / CONFIG).read_text())) == other
-    assert settle_config(other, catalogue, model) == []  # and is what the next start compares with
+    assert settle(other, catalogue, model) == []  # and is what the next start compares with
 
 
 def test_the_same_settings_say_nothing_and_a_moved_folder_is_the_same_run(started):
     config, catalogue, model = started
-    assert settle_config(config, catalogue, model) == []
+    assert settle(config, catalogue, model) == []
     (config.out.parent / "link").symlink_to(config.out)
-    assert settle_config(replace(config, out=config.out.parent / "link"), catalogue, model) == []
+    assert settle(replace(config, out=config.out.parent / "link"), catalogue, model) == []
 
 
 def test_two_changes_are_both_named(started):
     config, catalogue, model = started
     both = changed(changed(config, "seed", 1), "batch_size", 16)
     with pytest.raises(ConfigError, match=r"seed: 0 -> 1") as caught:
-        settle_config(both, catalogue, model)
+        settle(both, catalogue, model)
     assert "batch_size: 8 -> 16" in str(caught.value)
 
 
 def test_other_examples_under_the_same_name_are_refused(started):
     config, catalogue, model = started
     with pytest.raises(CheckpointError, match="trained on other examples than") as caught:
-        settle_config(config, replace(catalogue, fingerprint="1" * 64), model)
+        settle(config, replace(catalogue, fingerprint="1" * 64), model)
     assert caught.value.exit_code == 65

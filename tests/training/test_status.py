@@ -129,10 +129,32 @@ def test_a_mark_is_written_whole_or_not_at_all(tmp_path):
 
 def test_the_last_word_stands_alone(tmp_path):
     mark_finished(tmp_path, 500)
-    mark_refused(tmp_path, ConfigError("steps must be at least 1"))
+    mark_failed(tmp_path, ConfigError("steps must be at least 1"))
     assert names(tmp_path) == ["FAILED"]
     mark_preempted(tmp_path, 3, "SIGINT")
     assert names(tmp_path) == ["PREEMPTED"]
+    mark_refused(tmp_path, ConfigError("steps must be at least 1"))
+    assert names(tmp_path) == ["FAILED"]
+
+
+@pytest.mark.faults
+def test_a_refused_start_takes_no_finished_run_s_mark(tmp_path):
+    mark_finished(tmp_path, 500)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    mark_refused(tmp_path, ConfigError("steps must be at least 1"))
+    with pytest.raises(ConfigError), marked_failures(tmp_path, lambda: False):
+        raise ConfigError("holds another run")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(NumericError), marked_failures(tmp_path, lambda: True):
+        raise NumericError("11 of the last 1000 steps")
+    assert names(tmp_path) == ["FAILED"]
+    mark_running(tmp_path, begun=False)
+    with pytest.raises(ConfigError), marked_failures(tmp_path, lambda: False):
+        raise ConfigError("holds another run")
+    assert read_status(tmp_path).values["exit_code"] == "64"
+    mark_finished(tmp_path, 500)
+    mark_running(tmp_path, begun=False)
+    assert names(tmp_path) == ["FINISHED"]
 
 
 @pytest.mark.faults

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,18 @@ import smalti
 from smalti.checkpoints import CheckpointStore, RunLock, load_bundle
 from smalti.config import from_dict, to_dict
 from smalti.diffusion.objectives import ObjectiveConfig
-from smalti.errors import CheckpointError, ConfigError, DataError, NumericError, PreemptedError, RunLockedError
+from smalti.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericError,
+    PreemptedError,
+    RunLockedError,
+    SmaltiError,
+)
 from smalti.models import config_of
 from smalti.sampling import SamplingConfig
+from smalti.storage.sealed import seal, unseal
 from smalti.training import default_decay, loop
 from smalti.training.config import (
     IDENTITY,
@@ -31,8 +41,9 @@ from smalti.training.config import (
     RunConfig,
     StoreConfig,
 )
+from smalti.training.guard import REWINDS
 from smalti.training.log import read_log
-from smalti.training.status import FAILED, FINISHED, read_status
+from smalti.training.status import read_status
 from smalti.training.stop import StopRequest
 from smalti.workflows.run_folder import load_config
 from smalti.workflows.train import train
@@ -54,6 +65,11 @@ def finished(tmp_path_factory, data):
 
 def weights(out):
     return load_bundle(out).model.state_dict()
+
+
+def contents(folder):
+    """Every file of a folder; that of the lock comes and goes with its use."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def equal(a, b):
@@ -275,14 +291,52 @@ def test_every_setting_of_the_identity_has_a_test():
 def test_another_run_in_the_same_folder_is_refused_by_the_name_of_the_setting(finished, name):
     config, _ = finished
     value = replace(CHANGES[name], path=config.data.path) if name == "data" else CHANGES[name]
-    told = (".lock", FAILED, FINISHED)
-    before = {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name not in told}
+    before = contents(config.out)
     with pytest.raises(ConfigError, match=rf"holds another run \({name}\b") as caught:
         train(replace(config, **{name: value}))
     assert "\n" not in str(caught.value)
     assert "choose another --out" in str(caught.value)
-    assert {p: p.read_bytes() for p in config.out.rglob("*") if p.is_file() and p.name not in told} == before
-    assert (read_status(config.out).values["exit_code"], read_status(config.out).retry) == ("64", False)
+    assert contents(config.out) == before
+    assert read_status(config.out).kind == "finished"
+
+
+REFUSALS = {  # what else a start may ask for or find, and what is said
+    "no data": "neither an image set",
+    "no measure": "store.keep_best goes by the validation loss",
+    "no such mirror": "nowhere",
+    "newer checkpoint": "version 3, written by smalti 9.9",
+    "damaged rewinds": "rewinds.json is damaged",
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refused_start_leaves_a_finished_run_as_it_was(finished, name):
+    config, _ = finished
+    images, rewinds = Path(config.data.path), config.out / REWINDS
+    manifest = config.out / "checkpoints" / "step-0000000006" / "manifest.json"
+    kept, asked = manifest.read_bytes(), replace(config, steps=9)
+    try:
+        if name == "no data":
+            images.rename(images.with_name("hidden"))
+        elif name == "no measure":
+            asked = replace(asked, store=StoreConfig(keep_best=True), validate_every=0)
+        elif name == "no such mirror":
+            asked = replace(asked, store=StoreConfig(mirror="nowhere://runs"))
+        elif name == "newer checkpoint":
+            manifest.write_bytes(seal(unseal(kept, "") | {"version": 3, "smalti": "9.9"}))
+        else:
+            rewinds.write_text("{")
+        before = contents(config.out)
+        with pytest.raises(SmaltiError, match=REFUSALS[name]):
+            train(asked)
+        assert contents(config.out) == before
+    finally:
+        manifest.write_bytes(kept)
+        rewinds.unlink(missing_ok=True)
+        if name == "no data":
+            images.with_name("hidden").rename(images)
+    assert read_status(config.out).kind == "finished"
 
 
 @pytest.mark.faults
