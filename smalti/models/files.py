@@ -93,6 +93,7 @@ def save_model(
         write_file(fs, folder / _NEXT_CONFIG, [seal(document)])
         fs.sync_folder(folder)
         fs.rename(folder / _NEXT_WEIGHTS, folder / WEIGHTS)
+        fs.sync_folder(folder)
         fs.rename(folder / _NEXT_CONFIG, folder / CONFIG)
         fs.sync_folder(folder)
     return folder

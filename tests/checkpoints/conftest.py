@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import random
@@ -116,13 +117,19 @@ class FaultyFileSystem:
 
     def after_power_cut(self, target, mode, seed=0):
         """Lay out what the disk holds: `lost` = only what was synced, `names` = names but no unsynced bytes, `mixed` =
-        some of either."""
+        some of either, `unordered` = any of the name changes that were not synced, as where there is no journal."""
         self._lay(self.disk, Path(target), mode, random.Random(seed))
         return Path(target)
 
     def _lay(self, node, path, mode, rng):
         path.mkdir(parents=True, exist_ok=True)
         names = {"lost": node.synced, "names": node.names}.get(mode)
+        if mode == "unordered":
+            names = dict(node.synced)
+            for before, after in itertools.pairwise([node.synced, *node.log]):
+                if rng.random() < 0.5:
+                    names = {n: child for n, child in names.items() if n in after or n not in before}
+                    names |= {n: child for n, child in after.items() if before.get(n) is not child}
         if names is None:
             names = rng.choice([node.synced, *node.log])
         for name, child in names.items():
@@ -163,7 +170,7 @@ class Hub:
     """Where the threads of one test meet, each of which plays a process."""
 
     def __init__(self, size):
-        self.barrier, self.slots = threading.Barrier(size, timeout=30), [b""] * size
+        self.barrier, self.slots = threading.Barrier(size, timeout=120), [b""] * size
 
     def exchange(self, rank, data):
         self.slots[rank] = data

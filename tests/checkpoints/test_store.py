@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 
 import pytest
@@ -180,7 +181,7 @@ def test_a_process_killed_at_any_point_of_a_save_loses_nothing(tmp_path, faults,
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("mode", ["lost", "names", "mixed"])
+@pytest.mark.parametrize("mode", ["lost", "names", "mixed", "unordered"])
 @pytest.mark.parametrize("again", [False, True], ids=["new-step", "same-step"])
 def test_a_power_cut_at_any_point_of_a_save_loses_nothing(tmp_path, faults, mode, again):
     (tmp_path / "count").mkdir()
@@ -195,12 +196,14 @@ def test_a_power_cut_at_any_point_of_a_save_loses_nothing(tmp_path, faults, mode
                 act()
         else:
             act()
-        disk = fs.after_power_cut(tmp_path / f"{k}-after", mode, seed=k)
-        found = CheckpointStore(disk / "run").load_newest(never)
-        assert found is not None, f"call {k}"
-        assert faults.value_of(found) in ((30,) if k > total else (20, 30)), f"call {k}"
-        for path in (disk / "run").glob("step-*"):  # one being deleted is whole, or has lost its name
-            CheckpointStore(disk / "run").verify(path)
+        for seed in range(4 if mode == "unordered" else 1):
+            disk = fs.after_power_cut(tmp_path / f"{k}-after-{seed}", mode, seed=k + 1000 * seed)
+            found = CheckpointStore(disk / "run").load_newest(never)
+            assert found is not None, f"call {k}"
+            assert faults.value_of(found) in ((30,) if k > total else (20, 30)), f"call {k}"
+            for path in (disk / "run").glob("step-*"):  # one being deleted is whole, or has lost its name
+                CheckpointStore(disk / "run").verify(path)
+            shutil.rmtree(disk)
         shutil.rmtree(root)
 
 
@@ -236,6 +239,8 @@ def test_a_disk_that_fails_at_any_call_costs_no_stored_checkpoint(tmp_path, faul
             assert str(root / "run") in str(error.value)
             assert os.strerror(number) in str(error.value)
             fs.fault = lambda call, name: None
+            if not lasting:  # this process goes on, and nobody sweeps what a living one has begun
+                assert not list((root / "run").glob(".tmp-0*")), f"call {k}"
             value = faults.value_of(store.load_newest(never))
             assert value in (20, 30), f"call {k}"
             if "itself is stored" in str(error.value):
@@ -246,6 +251,21 @@ def test_a_disk_that_fails_at_any_call_costs_no_stored_checkpoint(tmp_path, faul
         save(after, 40, faults)
         assert sorted(p.name for p in (root / "run").iterdir()) == ["LATEST", "step-0000000040"], f"call {k}"
         shutil.rmtree(root)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("which", [0, 1], ids=["aside", "into-place"])
+def test_a_checkpoint_that_cannot_be_replaced_stands_where_it_was(tmp_path, faults, which):
+    (tmp_path / "count").mkdir()
+    fs, _, act = prepared(tmp_path / "count", faults, keep_last=1, again=True)
+    act()
+    k = [call for call, name in enumerate(fs.names, 1) if name == "rename"][which]
+    fs, store, act = prepared(tmp_path, faults, keep_last=1, again=True)
+    fs.fault = faults.fail_at(k, errno.EIO, lasting=False)
+    with pytest.raises(StorageError, match=re.escape(os.strerror(errno.EIO))):
+        act()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["LATEST", "step-0000000020"]
+    assert faults.value_of(store.load_newest(never)) == 20
 
 
 @pytest.mark.faults
