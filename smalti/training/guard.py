@@ -140,8 +140,8 @@ class Guard:
         self._records = (*(r for r in self._records if r["step"] > step - WINDOW), record)
 
     def _check_budget(self, step: int) -> None:
-        # Those that a rewind will pass over count before it comes to them: rewinds cannot go on for ever.
-        recent = sorted({s for s in (*self._skipped, *self._rewinds) if step - WINDOW < s <= step})
+        # Those that a rewind took out are among them as soon as they are passed over: rewinds cannot go on for ever.
+        recent = [skipped for skipped in self._skipped if skipped > step - WINDOW]
         if len(recent) <= self.config.skip_budget:
             return
         written = self._write_report(step, recent)
