@@ -234,9 +234,6 @@ def _local(row: list[Tensor]) -> list[Tensor] | str:
     cuts = {(x.device_mesh, x.placements) if isinstance(x, DTensor) else None for x in row[:-1]}
     if len(cuts) != 1:
         return "weight, gradient, moments and average are cut differently between the processes"
-    cut = next(iter(cuts))
-    if cut is not None and any(place.is_partial() for place in cut[1]):
-        return "a gradient is not summed over the processes yet"
     return [_part(x) for x in row]
 
 
