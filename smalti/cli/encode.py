@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smalti.workflows.encode import EncodeSettings, encode
+from smalti.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Encode:
 
     def run(self) -> None:
         result = encode(EncodeSettings(**vars(self)))
+        if World.launched().rank:
+            return  # all come to the same end, and one says so
         if result.note:
             print(result.note, file=sys.stderr)
         if result.record.complete:

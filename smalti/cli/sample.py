@@ -10,6 +10,7 @@ import tyro
 from smalti.sampling import SamplingConfig
 from smalti.workflows.sample_request import SampleSettings
 from smalti.workflows.sample_set import sample_set
+from smalti.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ class Sample:
 
     def run(self) -> None:
         result = sample_set(SampleSettings(**vars(self)))
+        if World.launched().rank:
+            return  # all come to the same end, and one says so
         if result.note:
             print(result.note, file=sys.stderr)
         for path in result.outputs:

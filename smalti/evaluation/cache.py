@@ -10,9 +10,10 @@ from smalti.errors import CheckpointError
 from smalti.evaluation.features import FeatureSet, NetworkIdentity
 from smalti.storage.filesystem import FileRecord, LocalFileSystem, make_folders, read_record
 from smalti.storage.replacing import replace_file
-from smalti.storage.sealed import seal, unseal
+from smalti.storage.sealed import check_format, seal, smalti_version, unseal
 from smalti.storage.tensors import file_pieces, file_size, read_tensors
 
+_FORMAT, _VERSION = "smalti-features", 1
 LIMIT_BYTES = 1 << 30  # larger sets are measured anew rather than fill a home directory
 
 
@@ -37,7 +38,9 @@ class FeatureCache:
         try:
             if not seal_file.exists():
                 return None
-            record = FileRecord(**unseal(seal_file.read_bytes(), str(seal_file))["file"])
+            document = unseal(seal_file.read_bytes(), str(seal_file))
+            check_format(document, _FORMAT, _VERSION, str(seal_file))
+            record = FileRecord(**document["file"])
             if read_record(data) == record:
                 return FeatureSet(read_tensors(data))
             self.note(f"{data} was changed after it was written; its features are made anew")
@@ -56,7 +59,8 @@ class FeatureCache:
             make_folders(fs, self.folder)
             record = replace_file(fs, data, file_pieces(found.features))
             # The seal last: it is what says that the other one is whole.
-            replace_file(fs, seal_file, [seal({"format": "smalti-features", "version": 1, "file": record._asdict()})])
+            head = {"format": _FORMAT, "version": _VERSION, "smalti": smalti_version()}
+            replace_file(fs, seal_file, [seal(head | {"file": record._asdict()})])
             self.note(f"features are kept in {data}")
         except OSError as error:
             self.note(f"features could not be kept in {self.folder}: {error}")

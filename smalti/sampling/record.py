@@ -115,7 +115,7 @@ class SampleRecord:
 
 def record_bytes(record: SampleRecord) -> bytes:
     """What `read_record` reads."""
-    head = {"format": FORMAT, "version": VERSION, "written_by": smalti_version()}
+    head = {"format": FORMAT, "version": VERSION, "smalti": smalti_version()}
     return seal(head | {"record": to_dict(record)})
 
 

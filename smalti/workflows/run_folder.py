@@ -11,6 +11,7 @@ from smalti.data.image_set import Catalogue
 from smalti.errors import CheckpointError, ConfigError
 from smalti.models import BackboneConfig
 from smalti.report.files import write_text
+from smalti.storage.sealed import smalti_version
 from smalti.training.config import IDENTITY, INCIDENTAL, RunConfig
 from smalti.workflows.out_folder import check_folder, refuse_other_home
 
@@ -36,6 +37,7 @@ def write_config(config: RunConfig, catalogue: Catalogue, model: BackboneConfig)
     """Write down what this run is, after `check_config`."""
     resolved = {
         "run": run_id(config.out) or uuid.uuid4().hex,
+        "smalti": smalti_version(),
         "model": to_dict(model),
         "data": {"name": catalogue.name, "fingerprint": catalogue.fingerprint},
     }
@@ -72,7 +74,7 @@ def check_config(config: RunConfig, catalogue: Catalogue) -> list[str]:
     path, identity = config.out / CONFIG, config.out / RESOLVED
     changed: dict[str, str] = {}
     if path.exists():
-        before = load_config(path)
+        before = _last_config(config.out)
         changed = changes(before, config)
         other = [
             f"{name}: {text}"
@@ -86,6 +88,22 @@ def check_config(config: RunConfig, catalogue: Catalogue) -> list[str]:
             f"{config.out} was trained on other examples than {config.data.path} holds now; choose another --out"
         )
     return [f"{name}: {text}" for name, text in changed.items()]
+
+
+def _last_config(folder: Path) -> RunConfig:
+    """Settings of the last start; those of a newer smalti may be more than this one knows."""
+    try:
+        return load_config(folder / CONFIG)
+    except ConfigError as error:
+        resolved = folder / RESOLVED
+        writer = yaml.safe_load(resolved.read_text()).get("smalti") if resolved.exists() else None
+        raise ConfigError(f"{error}{told_version(writer)}") from error
+
+
+def told_version(writer: str | None) -> str:
+    """The rest of a sentence about what cannot be read, if it is another smalti's. None = an early one."""
+    now = smalti_version()
+    return "" if writer in (None, now) else f"; it was written by smalti {writer}, and this is {now}: use that version"
 
 
 def changes(before: RunConfig, now: RunConfig) -> dict[str, str]:

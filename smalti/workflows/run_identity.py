@@ -6,12 +6,14 @@ from typing import Any
 from smalti.config import from_dict, to_dict
 from smalti.data.image_set import Catalogue
 from smalti.errors import CheckpointError, ConfigError
+from smalti.storage.sealed import smalti_version
 from smalti.training.config import IDENTITY, INCIDENTAL, RunConfig
+from smalti.workflows.run_folder import told_version
 
 
 def identity_of(config: RunConfig, catalogue: Catalogue) -> dict[str, Any]:
     """What makes it this run and no other, in JSON types."""
-    return {"settings": _settings(config), "fingerprint": catalogue.fingerprint}
+    return {"settings": _settings(config), "fingerprint": catalogue.fingerprint, "smalti": smalti_version()}
 
 
 def refuse_another_run(identity: Mapping[str, Any] | None, config: RunConfig, catalogue: Catalogue, where: str) -> None:
@@ -26,7 +28,10 @@ def refuse_another_run(identity: Mapping[str, Any] | None, config: RunConfig, ca
     """
     if identity is None:
         return
-    before, now = _settings(from_dict(RunConfig, identity["settings"], where)), _settings(config)
+    try:
+        before, now = _settings(from_dict(RunConfig, identity.get("settings"), where)), _settings(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{told_version(identity.get('smalti'))}") from error
     other = [f"{name}: {before[name]} -> {value}" for name, value in now.items() if before[name] != value]
     if other:
         raise ConfigError(f"{where} is of another run ({'; '.join(other)}); choose another --out and store.mirror")

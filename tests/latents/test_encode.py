@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_vae
 import torch
+from processes import wait_until
 
 from smalti.cli import main
 from smalti.data import SampleOrder, load_image_set
@@ -87,6 +87,25 @@ def test_the_same_command_again_does_nothing(vae, whole, capsys):
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
+@pytest.mark.parametrize("chunks", ["", ":2"])
+def test_of_several_processes_the_first_says_what_came_of_it(vae, whole, tmp_path, capsys, monkeypatch, chunks):
+    out = tmp_path / "part" if chunks else whole
+    command = ["encode", "emoji32", "--codec", str(vae), "--out", str(out), "--limit", str(COUNT), "--chunk-rows"]
+    command += [str(ROWS), "--flips", "stored", "--device", "cpu", "--threads", "1", "--chunks", chunks]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(command) == 0
+        said.append(capsys.readouterr())
+    assert said[0].out + said[0].err == ""
+    if chunks:
+        assert "chunks 0:2 are stored; of all 4, 2 are missing" in said[1].err
+    else:
+        assert "nothing to do" in said[1].err
+        assert said[1].out.startswith(f"{whole}: 50 examples, latents 4 x 16 x 16")
+
+
 def test_parts_by_themselves_end_in_the_same_bytes(vae, whole, tmp_path):
     out = tmp_path / "whole"
     first = encode(settings(vae, out, chunks="2:"))
@@ -127,9 +146,7 @@ def test_killed_again_and_again_and_done_by_two_processes_the_bytes_are_the_same
         return subprocess.Popen([*command, "--threads", "1"], env=environment, stderr=subprocess.DEVNULL)
 
     victim = start()
-    deadline = time.monotonic() + 120
-    while not list(out.glob("chunk-*")) and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_until(lambda: list(out.glob("chunk-*")), "a chunk", [victim.pid])
     victim.send_signal(signal.SIGKILL)
     victim.wait(60)
     (out / ".tmp-00000003-1-aaaaaaaa").write_bytes(b"half a chunk")  # as a writer leaves it that dies at its work
@@ -169,14 +186,15 @@ def test_every_changed_byte_of_an_example_is_noticed(whole, tmp_path, monkeypatc
     for place in (0, row_bytes // 2 - 1, row_bytes - 1):
         flip(out / "chunk-00000001.safetensors", offset + 3 * row_bytes + place)
         latents = open_latents(out)
-        with pytest.raises(DataError, match=r"chunk-00000001.safetensors is damaged .*; delete it and run"):
+        reason = "its sha256 is not" if held else f"example {ROWS + 3} is not"
+        with pytest.raises(DataError, match=rf"chunk-00000001.safetensors is damaged \({reason} .*; delete it and run"):
             latents.moments([ROWS + 3, ROWS + 3], [0, 1])
         assert latents.check() == ["chunk-00000001.safetensors: its sha256 is not the one that was written"]
         flip(out / "chunk-00000001.safetensors", offset + 3 * row_bytes + place)
     assert open_latents(out).check() == []
 
 
-def test_cut_and_missing_files_are_named(whole, tmp_path):
+def test_cut_and_missing_files_are_named(whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "whole")
     chunk = out / "chunk-00000003.safetensors"
     chunk.write_bytes(chunk.read_bytes()[:-1])
@@ -185,6 +203,9 @@ def test_cut_and_missing_files_are_named(whole, tmp_path):
     chunk.unlink()
     with pytest.raises(DataError, match=r"chunk-00000003.safetensors is damaged"):
         open_latents(out).moments([COUNT - 1], [0])
+    assert [line.split(": ")[0] for line in open_latents(out).check()] == ["chunk-00000003.safetensors"]
+    assert main(["data", "check", str(out)]) == 65
+    assert "chunk-00000003.safetensors" in capsys.readouterr().out
     flip(out / "index.safetensors", 300)
     with pytest.raises(DataError, match=r"index.safetensors is damaged"):
         open_latents(out)
@@ -221,16 +242,18 @@ def test_an_example_depends_on_its_position_and_the_seed_alone(whole):
     other = pickle.loads(pickle.dumps(load_examples(whole)))  # as a worker process gets it
     again = other.load(order, [29, 11], flip=True, seed=3)
     assert torch.equal(again.x0, one.x0[[22, 4]])
-    assert not torch.equal(load_examples(whole).load(order, [11], flip=True, seed=4).x0, again.x0[1:])
+    drawn = [load_examples(whole).load(order, [11], flip=False, seed=seed).x0 for seed in (3, 4)]
+    assert not torch.equal(*drawn)
 
 
-def test_flips_are_those_of_the_images_and_mean_is_the_mean(whole):
-    order = SampleOrder(range(COUNT), seed=0)
-    pixels = PixelExamples(load_image_set("emoji32")).load(order, range(COUNT), flip=True, seed=0)
-    plain = PixelExamples(load_image_set("emoji32")).load(order, range(COUNT), flip=False, seed=0)
-    mirrored = [not torch.equal(a, b) for a, b in zip(pixels.x0, plain.x0, strict=True)]
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (3, 1)])
+def test_flips_are_those_of_the_images_and_mean_is_the_mean(whole, seed, epoch):
+    order, positions = SampleOrder(range(COUNT), seed=0), range(COUNT * epoch, COUNT * (epoch + 1))
+    images = PixelExamples(load_image_set("emoji32"))
+    pixels, plain = (images.load(order, positions, flip=flip, seed=seed).x0 for flip in (True, False))
+    mirrored = [not torch.equal(a, b) for a, b in zip(pixels, plain, strict=True)]
     examples = load_examples(whole, posterior="mean")
-    found = examples.load(order, range(COUNT), flip=True, seed=0)
+    found = examples.load(order, positions, flip=True, seed=seed)
     expected = examples.latents.moments(found.indices.tolist(), [int(m) for m in mirrored])[:, 0]
     assert torch.equal(found.x0, expected)
     assert 10 < sum(mirrored) < 40
@@ -262,6 +285,51 @@ def test_from_a_store_the_same_is_read_by_ranges(whole, monkeypatch):
     assert remote.catalogue.wants_blocks
     assert not local.catalogue.wants_blocks
     assert remote.catalogue.block_starts.tolist() == [0, 5, 10, 15, 16, 21, 26, 31, 32, 37, 42, 47, 48]
+
+
+def test_of_a_store_what_was_read_last_is_held_and_no_more_than_allowed(whole, monkeypatch):
+    window = 5 * 8192
+    monkeypatch.setattr(latent_set_module, "HELD_BYTES", window)
+    monkeypatch.setattr(latent_set_module, "_WINDOW_BYTES", window)
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for name, data in contents(whole).items():
+        memory.pipe_file(f"/held/{name}", data)
+    latents = open_latents("memory://held")
+    read, asked = latents.store.read, []
+    monkeypatch.setattr(latents.store, "read", lambda *range: asked.append(range) or read(*range))
+    for index, requests in ((0, 1), (5, 2), (9, 2), (10, 3), (5, 3), (0, 4), (6, 4), (11, 5)):
+        latents.moments([index], [0])
+        assert len(asked) == requests, index
+        assert sum(map(len, latents._held.values())) <= 2 * window
+
+
+@pytest.mark.faults
+def test_what_a_store_gave_once_is_not_held_if_it_was_wrong(whole):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for name, data in contents(whole).items():
+        memory.pipe_file(f"/wrong/{name}", data)
+    latents = open_latents("memory://wrong")
+    assert not latents.wants_blocks, "it is small"
+    name, right = "chunk-00000001.safetensors", (whole / "chunk-00000001.safetensors").read_bytes()
+    last = latents.record.chunks[1].offset + ROWS * latents.record.identity.row_bytes - 1
+    memory.pipe_file(f"/wrong/{name}", right[:last] + bytes([right[last] ^ 1]) + right[last + 1 :])
+    with pytest.raises(DataError, match=r"example 31 is not as it was written"):
+        latents.moments([31], [1])
+    memory.pipe_file(f"/wrong/{name}", right)
+    assert latents.moments([31], [1]).isfinite().all()
+    for index, view in ((COUNT, 0), (-1, 0), (0, 2), (0, -1)):
+        with pytest.raises(IndexError):
+            latents.moments([index], [view])
+
+
+def test_the_fingerprint_of_latents_follows_their_classes_their_index_and_their_chunks(whole):
+    record = open_latents(whole).record
+    others = [
+        replace(record, class_names=record.class_names[::-1]),
+        replace(record, index=replace(record.index, sha256="0" * 64)),
+        replace(record, chunks=record.chunks[::-1]),
+    ]
+    assert len({record.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,21 @@ def test_a_process_begins_at_its_own_place(settings, monkeypatch):
     assert order == [3, 4, 5, 0, 1, 2]
 
 
+def test_of_several_processes_the_first_says_where_the_images_are(settings, monkeypatch, capsys):
+    sample_set(settings)
+    capsys.readouterr()
+    said = []
+    monkeypatch.setattr("smalti.cli.sample.sample_set", lambda asked: sample_set(settings))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["sample", str(settings.model), "--out", str(settings.out)]) == 0
+        said.append(capsys.readouterr())
+    assert said[0].out + said[0].err == ""
+    assert said[1].out == f"{settings.out / 'grid.png'}\n"
+    assert "nothing to do" in said[1].err
+
+
 # --- another set in the same folder
 
 
