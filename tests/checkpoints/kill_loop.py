@@ -11,9 +11,11 @@ import signal
 import struct
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
+from processes import begin, end_with_parent
 
 from smalti.checkpoints import CheckpointStore, RunLock
 from smalti.errors import RunLockedError
@@ -34,11 +36,16 @@ def write_for_ever(folder, start, pipe):
             os.write(pipe, struct.pack("d", value))
 
 
-def fork(function, *args):
-    pid = os.fork()
+def fork(function, *args, survives=False):
+    """A process that calls a function, and then ends with code 1; with its parent unless it `survives`."""
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         try:
+            if not survives:
+                end_with_parent(parent)
             function(*args)
+        except BaseException:  # noqa: BLE001  (a fork must not return to the parent's code)
+            traceback.print_exc()
         finally:
             os._exit(1)
     return pid
@@ -47,18 +54,18 @@ def fork(function, *args):
 def kill_writers(folder, kills, rng):
     result = {"kills": kills, "unreadable": 0, "torn": 0, "lost": 0, "saves": 0, "leftovers": 0}
     acknowledged, newest = 0.0, 0
-    begin = time.monotonic()
+    started = time.monotonic()
     CheckpointStore(folder.with_name("measure")).save(1, payload(1), {"value": 1})
-    one_save = time.monotonic() - begin
+    one_save = time.monotonic() - started
     for kill in range(kills):
         reader, writer = os.pipe()
         pid = fork(write_for_ever, folder, newest, writer)
+        os.close(writer)
         # Every second writer lives until its first save, however busy the machine; the others may not come that far.
         data = os.read(reader, 8) if kill % 2 else b""
         time.sleep(rng.uniform(0, 3) * one_save)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        os.close(writer)
         data += b"".join(iter(lambda fd=reader: os.read(fd, 1 << 16), b""))
         os.close(reader)
         values = [v for (v,) in struct.iter_unpack("d", data)]
@@ -80,12 +87,13 @@ def kill_writers(folder, kills, rng):
 
 
 def hold(folder, pipe, with_child):
+    os.setpgrp()
     lock = RunLock(folder)
     lock.__enter__()
     if with_child:
-        fork(time.sleep, 20)
+        fork(signal.pause, survives=True)
     os.write(pipe, b"1")
-    time.sleep(20)
+    signal.pause()
 
 
 def contend(folder, rounds):
@@ -94,11 +102,9 @@ def contend(folder, rounds):
     result = {"rounds": rounds, "refused": 0, "named": 0, "freed": 0, "one of two": 0}
     for i in range(rounds):
         reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.setpgrp()
-            hold(folder, writer, with_child=i % 2 == 1)
-        os.read(reader, 1)
+        pid = fork(hold, folder, writer, i % 2 == 1)
+        os.close(writer)
+        assert os.read(reader, 1), "the first holder has failed"
         try:
             with RunLock(folder):
                 pass
@@ -115,7 +121,6 @@ def contend(folder, rounds):
         if i % 2 == 1:
             os.killpg(pid, signal.SIGKILL)
         os.close(reader)
-        os.close(writer)
         result["one of two"] += sorted(race(folder)) == [0, 73]
     return result
 
@@ -137,6 +142,7 @@ def race(folder):
 
 
 def run_once(folder, start, done):
+    signal.alarm(60)  # should both be let in, so that nobody is told
     os.read(start, 1)
     try:
         with RunLock(folder):
@@ -147,7 +153,7 @@ def run_once(folder, start, done):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     root, part, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     folder = root / part
     folder.mkdir()

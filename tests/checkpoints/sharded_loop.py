@@ -13,6 +13,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import processes
 import torch
 import torch.distributed as dist
 
@@ -33,12 +34,13 @@ def payload(world, value):
 def start(size, meeting, function, *args):
     """Fork the processes of a world, each of which calls `function(world, *args)`; their ids."""
     meeting.unlink(missing_ok=True)
-    pids = []
+    pids, parent = [], os.getpid()
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
+                processes.end_with_parent(parent)
                 dist.init_process_group(
                     "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
                 )
@@ -55,7 +57,7 @@ def start(size, meeting, function, *args):
     return pids
 
 
-def ends(pids, seconds=20):
+def ends(pids, seconds=processes.PATIENCE):
     """Exit codes, or None for a process that did not end in time (and is ended then)."""
     codes, deadline = [], time.monotonic() + seconds
     for pid in pids:
@@ -184,10 +186,11 @@ def together(world, folder, say):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    processes.begin()
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
     (root / "store").mkdir()
     reader, writer = os.pipe()
     worlds = [ends(start(size, root / "meeting", together, root / "together", writer)) for size in (2, 1, 3, 4, 2)]
+    os.close(writer)
     told = len(os.read(reader, 99))
     print(json.dumps({"worlds": worlds, "told": told, "killed": kill_writers(root, kills, random.Random(1))}))

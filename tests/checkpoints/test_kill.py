@@ -1,12 +1,10 @@
 """What kill_loop.py saw of writers that are killed and of processes that want the same folder."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 
 HERE = Path(__file__).parent
 
@@ -15,19 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 @pytest.fixture
 def seen(tmp_path):
-    def watch(part, count):
-        paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", str(HERE / "kill_loop.py"), str(tmp_path), part, str(count)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return watch
+    return lambda part, count: json.loads(output_of(HERE / "kill_loop.py", tmp_path, part, count))
 
 
 def test_kills_at_random_moments_lose_tear_and_spoil_nothing(seen, how_often):

@@ -1,26 +1,15 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 
 HERE = Path(__file__).parent
 
 
 def outcome_of(folder, kills):
-    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "sharded_loop.py"), str(folder), str(kills)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
-    assert outcome["told"] == 5, done.stderr
+    outcome = json.loads(output_of(HERE / "sharded_loop.py", folder, kills))
+    assert outcome["told"] == 5
     return outcome
 
 

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from processes import begin
 
 from smalti.checkpoints.foreign import read_foreign
 from smalti.errors import CheckpointError
@@ -27,13 +28,13 @@ def memory(name):
 
 def look(path):
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what comes now
-    before, begin = memory("VmRSS"), time.process_time()
+    before, started = memory("VmRSS"), time.process_time()
     try:
         read_foreign(path)
         said = ""
     except CheckpointError as error:
         said = str(error)
-    return {"said": said, "seconds": time.process_time() - begin, "grew": memory("VmHWM") - before}
+    return {"said": said, "seconds": time.process_time() - started, "grew": memory("VmHWM") - before}
 
 
 def bombs(folder, test):
@@ -49,7 +50,7 @@ def bombs(folder, test):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     warnings.simplefilter("ignore")
     sys.path.insert(0, sys.argv[1])
     test, folder = importlib.import_module("test_foreign"), Path(sys.argv[2])

@@ -8,7 +8,6 @@ when the disk is empty.
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import resource
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import tiny_vae
 import torch
+from processes import begin, end_with_parent
 from tiny_models import write_tiny_model
 from tiny_runs import flags, write_set
 
@@ -30,10 +30,12 @@ from smalti.training.status import read_status
 def run(arguments, limit=None):
     """The command in a fork: its exit code, and what it said, through a pipe, which no limit is about."""
     reader, writer = os.pipe()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         code = 99
         try:
+            end_with_parent(parent)
+            os.close(reader)
             os.dup2(writer, 2)  # for a traceback, too
             with (
                 open(writer, "w", buffering=1) as out,
@@ -151,10 +153,8 @@ def attempt(kind, out, room, how):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     root, disk, name, how, *amounts = sys.argv[1:]
-    for module in (f"smalti.cli.{name}", "torch._dynamo"):
-        importlib.import_module(module)
+    begin(f"smalti.cli.{name}", "torch._dynamo")
     root = Path(root)
     kind, out = KINDS[name](root), Path(disk) / "out"
     code, said = run(kind.command(root / "whole"))

@@ -1,12 +1,10 @@
 """Files made to do harm are refused quickly and in little memory."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 
 HERE = Path(__file__).parent
 MIB = 1 << 20
@@ -17,17 +15,7 @@ pytestmark = pytest.mark.faults
 def test_crafted_headers_and_bombs_are_refused_in_little_time_and_memory(tmp_path):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux tells the peak of a process's memory since a moment")
-    command = [sys.executable, str(HERE / "crafted_loop.py"), str(HERE.parent / "checkpoints"), str(tmp_path)]
-    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(output_of(HERE / "crafted_loop.py", HERE.parent / "checkpoints", tmp_path))
     headers = {name: seen for name, seen in found.items() if name.startswith("header-")}
     bombs = {name: seen for name, seen in found.items() if name not in headers}
     assert len(headers) >= 15

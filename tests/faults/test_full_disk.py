@@ -1,14 +1,12 @@
 """The disk is full at any moment of a command: one line, and what was stored stands."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import disks
 import pytest
+from processes import output_of
 
 HERE = Path(__file__).parent
 # Bytes of room, up to where each file in turn is the first that does not fit; the last suffices.
@@ -29,16 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 def attempts(root, disk, name, how, amounts):
-    paths = [str(HERE.parents[1]), str(HERE.parent / "support"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "full_disk_loop.py"), str(root), str(disk), name, how, *amounts],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    said = output_of(HERE / "full_disk_loop.py", root, disk, name, how, *amounts)
+    return [json.loads(line) for line in said.splitlines()]
 
 
 def check(found, out):

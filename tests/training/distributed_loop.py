@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed.fsdp
 import torch.distributed.tensor
-from processes import Crew
+from processes import Crew, begin
 from tiny_runs import array_images, scramble, tiny_config
 
 from smalti.data import SampleOrder
@@ -174,5 +174,5 @@ def main(folder, many):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     main(Path(sys.argv[1]), SHORT if sys.argv[2] == "short" else PLAN)

@@ -1,12 +1,12 @@
 """What distributed_loop.py saw: several processes take the steps that one takes, whoever holds what."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 
 HERE = Path(__file__).parent
 STEPS_IN_FP32 = 2e-5
@@ -26,16 +26,7 @@ def everything(tmp_path_factory):
 
 
 def seen(folder, which):
-    paths = [str(HERE.parents[1]), str(HERE.parent / "support"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "distributed_loop.py"), str(folder), which],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(output_of(HERE / "distributed_loop.py", folder, which))
 
 
 def check(found, count):

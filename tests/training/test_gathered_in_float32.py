@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 import distributed_loop as steps
 import smalti.training.distributed as distributed
-from processes import Crew
-torch.set_num_threads(1)
+from processes import Crew, begin
+begin()
 distributed._GROUPS = "_as_before_2_13"
 folder = Path(sys.argv[1])
-codes = Crew(1, lambda rank: steps.work(rank, {"diffussm": ["bf16"]}, folder), folder / "log").wait(90)
-codes += Crew(2, lambda rank: steps.work(rank, {"diffussm": ["fsdp-bf16"]}, folder), folder / "log").wait(90)
+codes = Crew(1, lambda rank: steps.work(rank, {"diffussm": ["bf16"]}, folder), folder / "log").wait()
+codes += Crew(2, lambda rank: steps.work(rank, {"diffussm": ["fsdp-bf16"]}, folder), folder / "log").wait()
 if any(codes):
     sys.exit("".join(path.read_text() for path in sorted(folder.glob("log-*.txt"))))
 one = torch.load(folder / "1-0.pt", weights_only=True)["diffussm bf16"]

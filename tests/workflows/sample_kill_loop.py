@@ -5,6 +5,7 @@ chunk that it stored.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -12,10 +13,11 @@ import signal
 import struct
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
-import torch
+from processes import begin, end_with_parent
 from tiny_models import write_tiny_model
 
 from smalti.cli import main
@@ -26,17 +28,19 @@ from smalti.storage.filesystem import read_record as file_record
 
 COUNT, CHUNK = 5000, 25
 STOPPED = 75
-WORLDS = (1, 2, 3)
+WORLDS = (2, 3, 1)
 
 
 class Worker:
     """`smalti sample` in a fork."""
 
     def __init__(self, arguments, rank, world, log, pipe):
+        parent = os.getpid()
         self.pid, self.code = os.fork(), None
         if self.pid == 0:
             code = 99
             try:
+                end_with_parent(parent)
                 os.setpgrp()
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
                 real = ChunkStore.write
@@ -49,6 +53,8 @@ class Worker:
                 ChunkStore.write = told
                 with log.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                     code = main(arguments)
+            except BaseException:  # noqa: BLE001  (a fork must not return to the parent's code)
+                traceback.print_exc()
             finally:
                 os._exit(code)
 
@@ -86,6 +92,8 @@ def stored(out):
 class Trial:
     """One sample set, through kills, stops and restarts in other numbers of processes, to its end."""
 
+    worlds = itertools.cycle(WORLDS)
+
     def __init__(self, root, name, model, count, save, rng, pace, tally):
         self.out, self.log, self.count, self.rng, self.tally = root / name, root / f"{name}.log", count, rng, tally
         self.arguments = command(model, self.out, count, "--save", *save)
@@ -93,10 +101,9 @@ class Trial:
 
     def run(self, kills):
         """Kills that hit a living worker; the set is left complete."""
-        hits, world = 0, 0
+        hits = 0
         while hits < kills and stored(self.out) is not None:
-            world = self.rng.choice([number for number in WORLDS if number != world])
-            hits += self.attempt(world)
+            hits += self.attempt(next(self.worlds))
         # Once more in any case: who was killed between the outputs and the end has left chunks to clear away.
         with self.workers(self.rng.choice(WORLDS)) as team:
             self.tally["unexpected"] += [code for worker in team if (code := worker.end())]
@@ -170,9 +177,9 @@ def run_all(root, kills):
         reference, tally = root / f"reference-{name}", fresh()
         with quiet, contextlib.redirect_stdout(open(os.devnull, "w")):
             assert main(command(model, root / f"warm-{name}", 1)) == 0
-            begin = time.monotonic()
+            started = time.monotonic()
             assert main(command(model, reference, count, "--save", *save)) == 0
-        seconds = time.monotonic() - begin
+        seconds = time.monotonic() - started
         wanted = round(kills * share)
         while tally["kills"] < wanted:
             trial = Trial(root, f"{name}-{tally['trials']}", model, count, save, rng, seconds / 2, tally)
@@ -205,8 +212,12 @@ def orphans(folder):
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.setpgrp()
-        orphan(folder, writer)
+        try:
+            os.setpgrp()
+            orphan(folder, writer)
+        finally:
+            os._exit(1)
+    os.close(writer)
     store = ChunkStore(folder, 1, "a")
     held = os.read(reader, 1) == b"1" and store.claim(0) is None
     os.kill(pid, signal.SIGKILL)
@@ -217,6 +228,6 @@ def orphans(folder):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     place = Path(sys.argv[1])
     print(json.dumps(run_all(place, int(sys.argv[2])) | {"orphans": orphans(place / "orphans")}))

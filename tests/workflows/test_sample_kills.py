@@ -1,27 +1,16 @@
 """What sample_kill_loop.py saw: kill -9 of sampling workers loses no image, makes none twice, and changes no byte."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 
 HERE = Path(__file__).parent
 
 
 def killed(folder, kills):
-    paths = [str(HERE.parents[1]), str(HERE.parent / "support"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "sample_kill_loop.py"), str(folder), str(kills)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(output_of(HERE / "sample_kill_loop.py", folder, kills))
 
 
 def check(found, kills):

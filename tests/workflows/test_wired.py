@@ -1,12 +1,10 @@
 """What wired_loop.py saw: parts that are proved by themselves, together behind `smalti train`."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 
 HERE = Path(__file__).parent
 
@@ -16,18 +14,9 @@ pytestmark = pytest.mark.long
 @pytest.fixture
 def outcome(tmp_path):
     """What a part saw; no two tests ask for the same one."""
-    paths = [str(HERE.parents[1]), str(HERE.parent / "support"), str(HERE), os.environ.get("PYTHONPATH", "")]
 
     def part(name):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", str(HERE / "wired_loop.py"), str(tmp_path), name],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)[name]
+        return json.loads(output_of(HERE / "wired_loop.py", tmp_path, name))[name]
 
     return part
 

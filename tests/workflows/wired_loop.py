@@ -4,7 +4,6 @@ Prints one JSON object per part that was asked for. The parent imports torch onc
 """
 
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -20,7 +19,7 @@ import numpy as np
 import tiny_vae
 import torch
 from PIL import Image
-from processes import Crew
+from processes import PATIENCE, Crew, begin
 from stop_loop import log_of
 from tiny_runs import flags, scramble, write_set
 
@@ -39,7 +38,6 @@ from smalti.training import loop
 from smalti.training.status import read_status
 from smalti.workflows.encode import EncodeSettings, encode
 
-PATIENCE = 90.0
 IMAGES = 70  # three pieces of at most 32
 
 
@@ -160,13 +158,13 @@ def first_look(root, data):
     found["order"] = {"codes": codes, "loads": (root / "loads.txt").read_text().splitlines()}
     for broken in (0, 1):
         (root / f"broken{broken}").mkdir()
-        begin = time.monotonic()
+        started = time.monotonic()
         arguments = flags(root / f"broken{broken}", folder, *more)
         codes = crew(root, f"broken{broken}", 2, arguments, watch(broken)).wait(PATIENCE)
         status = read_status(root / f"broken{broken}")
         found[f"broken{broken}"] = {
             "codes": codes,
-            "seconds": time.monotonic() - begin,
+            "seconds": time.monotonic() - started,
             "said": [text(root, f"broken{broken}", rank).strip().splitlines()[-1] for rank in (0, 1)],
             "mark": [status.kind, status.values.get("exit_code"), status.retry],
         }
@@ -280,9 +278,7 @@ def mirrored(root, data):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for module in ("smalti.cli.train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"):
-        importlib.import_module(module)
+    begin("smalti.cli.train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
     root, part = Path(sys.argv[1]), sys.argv[2]
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     print(json.dumps({part: globals()[part](root, write_set(root / "data"))}), flush=True)
