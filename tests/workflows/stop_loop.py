@@ -7,7 +7,6 @@ forks per attempt; every child runs the real command in process and reports each
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import random
@@ -17,9 +16,11 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
+from processes import begin, end_with_parent, wait_until
 from tiny_runs import flags, write_set
 
 import smalti.workflows.train as workflow
@@ -33,27 +34,35 @@ KILLS, STEPS = 10, 60  # of each run that is killed
 
 
 class Child:
-    """One attempt: `smalti train` in a fork, with a pipe that tells of every finished step."""
+    """One attempt: `smalti train` in a fork, with a pipe that tells of every finished step.
 
-    def __init__(self, arguments, log, prepare=lambda: None):
+    `after(step, count)` is called in the fork when a step was told of, the `count`-th of this attempt.
+    """
+
+    def __init__(self, arguments, log, prepare=lambda: None, after=lambda step, count: None):
         self.reader, writer = os.pipe()
-        self.steps = []
+        self.steps, parent = [], os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             code = 99
             try:
+                end_with_parent(parent)
                 os.close(self.reader)
-                code = self._train(arguments, log, writer, prepare)
+                code = self._train(arguments, log, writer, prepare, after)
+            except BaseException:  # noqa: BLE001  (a fork must not return to the parent's code)
+                with log.open("a") as out:
+                    traceback.print_exc(file=out)
             finally:
                 os._exit(code)
         os.close(writer)
 
-    def _train(self, arguments, log, writer, prepare):
+    def _train(self, arguments, log, writer, prepare, after):
         real = workflow.train_steps
 
         def told(*args, **kwargs):
-            for report in real(*args, **kwargs):
+            for count, report in enumerate(real(*args, **kwargs), 1):
                 os.write(writer, struct.pack("q", report.step))
+                after(report.step, count)
                 yield report
 
         workflow.train_steps = told
@@ -130,7 +139,7 @@ def newest_step(out):
 
 
 def kill_often(root, data, runs):
-    """Each run is killed `KILLS` times before it may end."""
+    """Each run is killed `KILLS` times before it may end. It waits for a kill that is late."""
     log, pace, rng = root / "killed.txt", {}, random.Random(2)
     whole = run_whole(root / "whole", data, STEPS, pace)
     result = dict.fromkeys(
@@ -140,11 +149,17 @@ def kill_often(root, data, runs):
         out = root / f"killed-{run}"
         arguments = flags(out, data, "--steps", str(STEPS))
         for _ in range(KILLS):
-            child = Child(arguments, log)
-            if rng.random() < 0.2:
+            early, wanted = rng.random() < 0.2, rng.randint(1, 4)
+
+            def wait(step, count, wanted=wanted):
+                while count == wanted + 2 or step == STEPS - 1:
+                    time.sleep(1)
+
+            child = Child(arguments, log, after=wait)
+            if early:
                 time.sleep(rng.uniform(0, pace["start"]))
             else:
-                child.wait_for_steps(rng.randint(1, 5))
+                child.wait_for_steps(min(wanted, STEPS - 1 - newest_step(out)))
                 time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
             stored = newest_step(out)
             code = child.end(signal.SIGKILL)
@@ -164,7 +179,7 @@ def kill_often(root, data, runs):
 def stop_often(root, data, stops):
     """SIGTERM, SIGINT and SIGUSR1 in turn; each time the very next step is the first of the next attempt.
 
-    Every second one comes while a checkpoint is being written, which takes long because the disk does.
+    Every second one comes while a checkpoint is being written.
     """
     out, log, pace, rng = root / "stopped", root / "stopped.txt", {}, random.Random(3)
     steps = 8 * stops
@@ -173,14 +188,18 @@ def stop_often(root, data, stops):
     result = dict.fromkeys(["stops", "exit 75", "saved at the last step", "lost", "repeated", "during a save"], 0)
     before = 0
     for k in range(stops):
-        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[k % 3]
-        child = Child(arguments, log, slow_disk if k % 2 else lambda: None)
-        child.wait_for_steps(rng.randint(1, 4))
+        number, wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[k % 3], rng.randint(1, 4)
+        stop = LateStop(root / f"stop-{k}", out, wanted, during_a_save=k % 2 == 1)
+        child = Child(arguments, log, stop.prepare, stop.after)
+        assert child.wait_for_steps(wanted), log.read_text()
         if k % 2:
-            result["during a save"] += wait_for_a_save(out)
+            wait_until(stop.saving.exists, "a save", [child.pid])
+            result["during a save"] += has_a_checkpoint(out, ".tmp-0")
         else:
             time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
-        code = child.end(number)
+        os.kill(child.pid, number)
+        stop.sent.touch()
+        code = child.end()
         result["stops"] += 1
         result["exit 75"] += code == STOPPED
         result["saved at the last step"] += newest_step(out) == child.steps[-1]
@@ -194,24 +213,35 @@ def stop_often(root, data, stops):
     return result | same(out, whole)
 
 
-def slow_disk():
-    real = os.fsync
+class LateStop:
+    """Makes an attempt wait for a signal that is late: `wanted + 2` steps after its start, or inside of a save.
 
-    def fsync(descriptor):
-        time.sleep(0.005)
-        real(descriptor)
+    The disk is slow on top, so that steps go on beside a save, and the save after the signal takes its time.
+    """
 
-    os.fsync = fsync
+    def __init__(self, folder, out, wanted, *, during_a_save):
+        folder.mkdir()
+        self.saving, self.sent = folder / "saving", folder / "sent"
+        self.out, self.wanted, self.during_a_save, self.count = out, wanted, during_a_save, 0
 
+    def after(self, step, count):
+        self.count = count
+        while count == self.wanted + 2 and not self.during_a_save and not self.sent.exists():
+            time.sleep(0.002)
 
-def wait_for_a_save(out):
-    """Until a checkpoint is half written; False if none was within some seconds."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        if has_a_checkpoint(out, ".tmp-0"):
-            return True
-        time.sleep(0.0005)
-    return False
+    def prepare(self):
+        real = os.fsync
+
+        def fsync(descriptor):
+            if self.count >= self.wanted and not self.sent.exists() and has_a_checkpoint(self.out, ".tmp-0"):
+                self.saving.touch()
+                while not self.sent.exists():
+                    time.sleep(0.002)
+            time.sleep(0.005)
+            real(descriptor)
+
+        if self.during_a_save:
+            os.fsync = fsync
 
 
 def has_a_checkpoint(out, prefix):
@@ -233,20 +263,19 @@ def interrupt_twice(root, data, _):
         looks.validate = validate
 
     child = Child(flags(out, data, "--steps", "30"), log, hang)
-    child.wait_for_steps(3)
-    while not inside.exists():
-        time.sleep(0.01)
+    assert child.wait_for_steps(3), log.read_text()
+    wait_until(inside.exists, "a validation", [child.pid])
     os.kill(child.pid, signal.SIGINT)
     time.sleep(0.3)
     still_there = os.waitpid(child.pid, os.WNOHANG) == (0, 0)
-    begin = time.monotonic()
+    started = time.monotonic()
     code = child.end(signal.SIGINT)
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - started
     again = Child(flags(out, data, "--steps", "30"), log)
     return {
         "waits after the first": still_there,
         "code": code,
-        "at once": seconds < 5,
+        "at once": seconds < 30,  # the step would take twice that
         "said": log.read_text().rstrip().endswith("smalti: interrupted"),
         "stored": newest_step(out),
         "continues": again.end(),
@@ -258,22 +287,20 @@ def refuse_a_second(root, data, seconds):
     """One run stands still in the middle while others try the same folder, by the same command and by other ones."""
     out, log, refused, go = root / "held", root / "held.txt", root / "refused.txt", root / "go"
     whole = run_whole(root / "whole", data, STEPS)
-    parent = os.getpid()
 
     def wait():
         real = looks.validate
 
         def validate(*args, **kwargs):
-            while not go.exists() and os.getppid() == parent:  # nobody would ever say go if this script failed
+            while not go.exists():
                 time.sleep(0.01)
             return real(*args, **kwargs)
 
         looks.validate = validate
 
     first = Child(flags(out, data, "--steps", str(STEPS)), log, wait)
-    first.wait_for_steps(3)
-    while not has_a_checkpoint(out, "step-"):
-        time.sleep(0.01)
+    assert first.wait_for_steps(3), log.read_text()
+    wait_until((out / "checkpoints" / "LATEST").exists, "the last thing that is written", [first.pid])
     before = files_at_rest(out)
     result = {"refused": 0, "named": 0, "wrote": 0}
     for k in range(seconds):
@@ -287,11 +314,11 @@ def refuse_a_second(root, data, seconds):
 
 
 def files_at_rest(folder):
-    """The files, once nothing has been written in the background for half a second."""
+    """The files, once nothing has been written in the background for a while."""
     before = None
     while before != (now := files_of(folder)):
         before = now
-        time.sleep(0.5)
+        time.sleep(0.2)
     return now
 
 
@@ -300,30 +327,37 @@ def files_of(folder):
 
 
 def kill_the_command(root, data, kills):
-    """Through `python -m smalti train`, TensorBoard and all."""
-    out = root / "command"
-    arguments = [sys.executable, "-W", "ignore", "-m", "smalti", *flags(out, data, "--steps", str(STEPS))]
-    log, codes, whole = (root / "command.txt").open("w"), [], run_whole(root / "whole", data, STEPS)
+    """Through `python -m smalti train`, TensorBoard and all. Nothing makes it wait for a kill, so there is room."""
+    out, steps = root / "command", 40 + 6 * kills
+    arguments = [sys.executable, "-W", "ignore", "-m", "smalti", *flags(out, data, "--steps", str(steps))]
+    log, codes, whole = (root / "command.txt").open("w"), [], run_whole(root / "whole", data, steps)
     for k in range(kills):
+        aim = max(steps // 3 * (k + 1) // kills, newest_name(out) + 2)
         process = subprocess.Popen(arguments, stdout=log, stderr=log)
-        aim = STEPS * (k + 1) // (kills + 2)
-        while process.poll() is None and newest_step(out) < aim:
-            time.sleep(0.01)
+        wait_until(lambda aim=aim: newest_name(out) >= aim, f"step {aim}", [process.pid])
         process.kill()
         codes.append(process.wait())
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(arguments, capture_output=True, text=True)
     return {"codes": codes, "code": done.returncode, "said": done.stderr + done.stdout} | same(out, whole)
+
+
+def newest_name(out):
+    """As `newest_step`, but by the names alone, which takes no time."""
+    with contextlib.suppress(FileNotFoundError):
+        return max((int(name[5:]) for name in os.listdir(out / "checkpoints") if name.startswith("step-")), default=0)
+    return 0
 
 
 def run_whole(out, data, steps, pace=None):
     """A run that nothing stops; how long its parts take, if asked."""
-    begin = time.monotonic()
-    child = Child(flags(out, data, "--steps", str(steps)), out.with_suffix(".txt"))
+    started = time.monotonic()
+    log = out.with_suffix(".txt")
+    child = Child(flags(out, data, "--steps", str(steps)), log)
     child.wait_for_steps(1)
-    start = time.monotonic() - begin
+    start = time.monotonic() - started
     child.wait_for_steps(steps // 2)
-    one = (time.monotonic() - begin - start) / (steps // 2)
-    assert child.end() == 0
+    one = (time.monotonic() - started - start) / (steps // 2)
+    assert child.end() == 0, log.read_text()
     if pace is not None:
         pace.update(start=start, step=one, save=2 * one)
     return out
@@ -338,8 +372,6 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for module in ("smalti.cli.train", "torch._dynamo"):  # what a run would import later, once for all children
-        importlib.import_module(module)
+    begin("smalti.cli.train", "torch._dynamo")  # what a run would import later
     root, part, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     print(json.dumps(PARTS[part](root, write_set(root / "data"), count)))
