@@ -318,7 +318,7 @@ def _label(labels: Sequence[tuple[str, bytes]]) -> int | str | None:
 
 def _number(path: str, data: bytes) -> int:
     text = data[:40].decode("ascii", "replace").strip()
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < _MAX_LABEL):
+    if not (text.isascii() and text.isdecimal() and int(text) < _MAX_LABEL):
         raise UnusableImageError(f"the label {text!r} in {path!r} is no whole number from 0 to {_MAX_LABEL - 1:,}")
     return int(text)
 

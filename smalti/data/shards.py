@@ -161,7 +161,7 @@ def load_shards(
         class_labels=class_labels,
         item_names=ShardNames(shards, starts),
         split_names=_split_names(shards),
-        fingerprint=_fingerprint(shards, class_labels, size),
+        fingerprint=_fingerprint(shards, class_names, class_labels, size),
         block_starts=block_starts,
         block_spans=block_spans,
         wants_blocks=not isinstance(store, LocalStore),
@@ -384,8 +384,11 @@ def _split_names(shards: Sequence[ShardIndex]) -> Sequence[str]:
     return PackedNames.of(renamed.get(place, name) for place, name in enumerate(keys))
 
 
-def _fingerprint(shards: Sequence[ShardIndex], labels: np.ndarray, size: tuple[int, int]) -> str:
-    digest = hashlib.sha256(json.dumps(["tar shards", sum(map(len, shards)), *size]).encode())
+def _fingerprint(
+    shards: Sequence[ShardIndex], class_names: Sequence[str], labels: np.ndarray, size: tuple[int, int]
+) -> str:
+    head = ["tar shards", sum(map(len, shards)), *size, list(class_names)]
+    digest = hashlib.sha256(json.dumps(head).encode())
     digest.update(labels.astype("<i8").tobytes())
     for shard in shards:
         digest.update(shard.paths.text)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smalti.data import SampleOrder, load_batch, load_image_set, to_uint8, to_unit_range
+from smalti.streams import AUGMENT, key
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,16 @@ def test_flip_mirrors_about_half_of_the_images_and_anew_in_each_epoch(emoji32, o
     later = load_batch(emoji32, order, again, flip=True, seed=0)
     first = flipped[[where[i] for i in later.indices.tolist()]]
     assert not torch.equal(later.images, first)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_whether_an_image_is_mirrored_depends_on_seed_epoch_and_index_alone(emoji32, order, seed):
+    positions = range(1906 - 40, 1906 + 40)  # the end of an epoch and the start of the next
+    plain = load_batch(emoji32, order, positions, flip=False, seed=seed).images
+    flipped = load_batch(emoji32, order, positions, flip=True, seed=seed).images
+    for p, before, after in zip(positions, plain, flipped, strict=True):
+        mirrored = key(seed, AUGMENT, *order.at(p)) & 1
+        assert torch.equal(after, before.flip(-1) if mirrored else before), p
 
 
 def test_flip_does_not_touch_the_stored_images(emoji32, order):

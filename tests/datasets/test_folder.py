@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from smalti.data import SampleOrder, load_batch, load_image_set, split
+from smalti.data import folder_pass as passes
 from smalti.data.folder import ChangedFileError, index_folder, load_folder
 from smalti.errors import ConfigError, DataError
 
@@ -196,6 +197,34 @@ def test_a_linked_root_is_fine(animals, tmp_path):
 
 
 @pytest.mark.faults
+def test_a_folder_that_is_mounted_below_twice_is_read_once(animals, monkeypatch):
+    real = os.stat
+
+    def stat(path, **options):
+        return real(animals / "cats" if str(path).endswith("old") else path, **options)
+
+    # a mount of one folder in another would need root
+    monkeypatch.setattr(os, "stat", stat)
+    assert len(index_folder(animals).entries) == 6
+
+
+@pytest.mark.faults
+def test_a_file_that_vanishes_before_it_is_looked_at_is_named(animals, monkeypatch):
+    walk = passes.walk_files
+    monkeypatch.setattr(passes, "walk_files", lambda root, rejected: [*walk(root, rejected), "cats/gone"])
+    with pytest.raises(DataError, match=r"1 of 13 files cannot be used \('cats/gone': cannot be read: No such file"):
+        load_image_set(animals)
+
+
+@pytest.mark.faults
+def test_a_file_larger_than_any_image_is_refused_and_not_read(animals):
+    (animals / "cats" / "huge.png").touch()
+    os.truncate(animals / "cats" / "huge.png", (1 << 29) + 1)  # of holes
+    with pytest.raises(DataError, match=r"'cats/huge.png': 536870913 bytes; more than 512 MiB is refused"):
+        load_image_set(animals)
+
+
+@pytest.mark.faults
 def test_pipes_do_not_block(animals):
     os.mkfifo(animals / "cats" / "pipe.png")
     assert [r.path for r in index_folder(animals).unusable] == ["cats/pipe.png"]
@@ -290,7 +319,7 @@ def test_large_sets_are_read_from_their_files(uncached):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("damage", ["remove", "overwrite", "truncate", "touch", "pipe"])
+@pytest.mark.parametrize("damage", ["remove", "overwrite", "truncate", "touch", "grow", "pipe"])
 def test_changed_file_is_replaced_by_the_same_training_image_every_time(uncached, damage):
     path = uncached.index.root / "03.png"
     match damage:
@@ -302,6 +331,11 @@ def test_changed_file_is_replaced_by_the_same_training_image_every_time(uncached
             path.write_bytes(path.read_bytes()[:-8])
         case "touch":
             os.utime(path, ns=(0, 0))
+        case "grow":
+            # With the time of before, and no damage to the image.
+            before = os.stat(path)
+            path.write_bytes(path.read_bytes() + b" ")
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         case "pipe":
             path.unlink()
             os.mkfifo(path)
@@ -316,6 +350,24 @@ def test_changed_file_is_replaced_by_the_same_training_image_every_time(uncached
     assert replacement in range(20), "never from outside the order, such as validation"
     shown = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
     assert shown == found
+
+
+@pytest.mark.faults
+def test_a_replacement_brings_its_own_label_and_is_passed_over_if_it_fails_too(animals):
+    images = load_folder(animals, None, cache_bytes=0)
+    images._tally.reads = 10_000  # two bad files among many
+    order = SampleOrder(range(12), seed=1)
+    for gone in range(12):
+        failed = {gone, order.replacement(gone, 0)}
+        wanted = next(r for attempt in range(99) if (r := order.replacement(gone, attempt)) not in failed)
+        if len(failed) == 2 and images.class_labels[wanted] != images.class_labels[gone]:
+            break
+    for index in failed:
+        (animals / images.item_names[index]).unlink()
+    position = next(p for p in range(12) if order.at(p)[1] == gone)
+    batch = load_batch(images, order, [position], flip=False, seed=0)
+    assert batch.indices.tolist() == [wanted]
+    assert batch.class_labels.tolist() == [images.class_labels[wanted]]
 
 
 @pytest.mark.faults

@@ -176,6 +176,33 @@ def test_balanced_order_has_random_access():
     assert [order.at(p) for p in reversed(range(100))] == forward[::-1]
 
 
+def test_every_round_of_classes_and_every_pass_through_a_class_has_an_order_of_its_own():
+    order = SampleOrder(range(60), seed=0, class_balanced=True, class_labels=LABELS)
+    drawn = [order.at(p)[1] for p in range(300)]
+    assert len({tuple(LABELS[drawn[start : start + 3]].tolist()) for start in range(0, 300, 3)}) == 6
+    of_class = [i for i in drawn if LABELS[i] == 1]
+    passes = [tuple(of_class[start : start + 7]) for start in range(0, 98, 7)]
+    assert len(set(passes)) == len(passes)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["full", "blocks"])
+def test_a_replacement_is_a_training_image_and_another_one_at_each_attempt(kind):
+    train = [i for i in range(100) if i % 3]
+
+    def drawn(seed):
+        order = SampleOrder(train, seed) if kind == "full" else BlockOrder(train, blocks_of(100, 10), seed)
+        return [[order.replacement(index, attempt) for attempt in range(20)] for index in (4, 5)]
+
+    first, second = drawn(0)
+    assert {*first, *second} <= set(train)
+    # Of 20 draws from 67, 17.4 differ on average.
+    assert min(len(set(first)), len(set(second))) > 12
+    assert first != second
+    assert drawn(0) == [first, second]
+    assert drawn(1)[0] != first
+
+
 def test_order_refuses_what_it_cannot_draw():
     with pytest.raises(DataError, match="no training image"):
         SampleOrder([], seed=0)
@@ -210,7 +237,17 @@ def test_block_order_takes_only_training_images_of_uneven_and_empty_blocks():
     train = [i for i in range(100) if i % 3 and not 5 <= i < 50]
     order = BlockOrder(train, starts, seed=1, window=2)
     assert sorted(order.at(p)[1] for p in range(len(train))) == train
-    assert {order.replacement(i, a) for i in range(100) for a in range(5)} <= set(train)
+    with pytest.raises(ValueError, match="must rise"):
+        BlockOrder(train[::-1], starts, seed=1)
+
+
+def test_each_window_of_each_epoch_is_mixed_in_its_own_way():
+    one = BlockOrder(range(97), blocks_of(97, 97), seed=4)  # all in one block
+    epochs = [[one.at(97 * epoch + p)[1] for p in range(97)] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    order = BlockOrder(range(80), blocks_of(80, 10), seed=0, window=4)
+    places = [order.at(p)[1] % 10 for p in range(80)]  # inside the blocks
+    assert places[:40] != places[40:]
 
 
 def test_a_stretch_of_a_block_order_touches_the_blocks_of_its_windows_only():
@@ -290,6 +327,9 @@ def test_blocks_are_chosen_where_a_set_wants_them_or_when_asked_for():
         kind(far, window=0)
     with pytest.raises(DataError, match="no training image"):
         training_order(far, [], 0)
+    narrow, wide = (training_order(far, range(10), 0, window=window) for window in (1, 2))
+    assert [narrow.at(p) for p in range(10)] == [BlockOrder(range(10), far.block_starts, 0, 1).at(p) for p in range(10)]
+    assert [narrow.at(p) for p in range(10)] != [wide.at(p) for p in range(10)]
     plain = training_order(images, range(10), 0)
     assert [plain.at(p) for p in range(20)] == [SampleOrder(range(10), 0).at(p) for p in range(20)]
 

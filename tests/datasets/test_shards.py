@@ -4,15 +4,19 @@ import io
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import tarfile
+import time
 
 import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from smalti.data import SampleOrder, load_batch, load_image_set, open_images, split
+from smalti.data import SampleOrder, index_file, load_batch, load_image_set, open_images, split
+from smalti.data import shards as shards_module
 from smalti.data.changed import ChangedFileError
 from smalti.data.index_file import PackedNames, index_bytes, parse_index
 from smalti.data.order import BlockOrder, training_order
@@ -20,7 +24,7 @@ from smalti.data.shard_index import index_shard, stored
 from smalti.data.shard_place import expand_braces, find_shards
 from smalti.data.shards import BESIDE, index_path, index_shards, load_shards
 from smalti.data.tar_file import DamagedTarError, walk_members
-from smalti.errors import ConfigError, DataError
+from smalti.errors import ConfigError, DataError, SmaltiError
 from smalti.storage.objects import LocalStore, open_store
 
 
@@ -156,6 +160,61 @@ def test_what_tar_itself_makes_is_read_the_same(tmp_path):
     assert images.class_labels.tolist() == [int(name[5]) for name in images.split_names]
 
 
+@pytest.mark.faults
+def test_what_a_header_says_of_one_member_is_not_said_of_the_next(tmp_path):
+    sparse, linked, long, last = (tarfile.TarInfo(f"{name}.png") for name in ("sparse", "linked", "long", "last"))
+    sparse.pax_headers = {"GNU.sparse.major": "1"}
+    linked.type, linked.linkname = tarfile.SYMTYPE, "t" * 200
+    long.size, long.pax_headers = 3, {"size": "700", "path": "renamed.png"}
+    last.size = 4
+    parts = [sparse.tobuf(tarfile.PAX_FORMAT), linked.tobuf(tarfile.GNU_FORMAT)]
+    parts += [long.tobuf(tarfile.PAX_FORMAT), b"a" * 700 + bytes(324), last.tobuf(), b"last" + bytes(508), bytes(1024)]
+    (tmp_path / "x.tar").write_bytes(b"".join(parts))
+    members = list(walk_members(LocalStore(tmp_path), "x.tar"))
+    assert [(m.path, m.size, m.refused) for m in members] == [
+        ("sparse.png", 0, "sparse file, not a file"),
+        ("linked.png", 0, "symbolic link, not a file"),
+        ("renamed.png", 700, ""),
+        ("last.png", 4, ""),
+    ]
+    assert members[-1].data == b"last"
+
+
+@pytest.mark.faults
+def test_a_header_that_renames_all_members_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"path": "all.png"}) as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(DamagedTarError, match="a header that renames all members"):
+        list(walk_members(LocalStore(tmp_path), "x.tar"))
+
+
+def binary_size(info, size):
+    """The head of a member whose size is written as a number of 11 bytes, as sizes above 8 GiB are."""
+    head = bytearray(info.tobuf())
+    head[124:136] = b"\x80" + size.to_bytes(11, "big")
+    head[148:156] = b"%06o\0 " % (sum(head) - sum(head[148:156]) + 8 * 32)
+    return bytes(head)
+
+
+@pytest.mark.faults
+def test_members_and_headers_of_any_size_are_passed_over_or_refused_without_being_read(tmp_path):
+    path, member = tmp_path / "x.tar", tarfile.TarInfo("a.png")
+    path.write_bytes(binary_size(member, 3) + b"abc".ljust(512, b"\0") + bytes(1024))
+    assert [m.data for m in walk_members(LocalStore(tmp_path), "x.tar")] == [b"abc"]
+    huge = (1 << 29) + 512
+    path.write_bytes(binary_size(member, huge))
+    os.truncate(path, 512 + huge + 1024)  # of holes
+    assert [(m.refused, m.data) for m in walk_members(LocalStore(tmp_path), "x.tar")] == [
+        ("536871424 bytes; more than 512 MiB is refused", None)
+    ]
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = b"L", (1 << 20) + 1
+    path.write_bytes(name.tobuf())
+    os.truncate(path, 1 << 22)
+    with pytest.raises(DamagedTarError, match=r"a name or header of 1,048,577 bytes"):
+        list(walk_members(LocalStore(tmp_path), "x.tar"))
+
+
 # Labels
 
 
@@ -170,6 +229,7 @@ def test_what_tar_itself_makes_is_read_the_same(tmp_path):
         ([("z/a.png", png(1)), ("z/a.json", b'{"caption": "a"}'), ("y/b.png", png(2))], ("y", "z"), [1, 0]),
         ([("a.png", png(1)), ("a.cls", b"0\n"), ("a.json", b'{"label": 0, "class": 7}')], "0", [0]),
         ([("a.cls", b"0"), ("a.mask.png", png(3)), ("a.png", png(1)), ("a.txt", b"words")], "0", [0]),
+        ([("a.cls", b"0"), ("._a.png", b"of a Mac"), ("a.png", png(1)), (".b/c.png", b"hidden")], "0", [0]),
     ],
 )  # fmt: skip
 def test_labels_come_as_numbers_names_or_folders(tmp_path, members, names, labels):
@@ -196,6 +256,10 @@ LABEL_FAULTS = {
     "deep json": ([*FINE, ("b.png", png(2)), ("b.json", b"[" * 99_999)], "'b.json' is no JSON"),
     "a list": ([*FINE, ("b.png", png(2)), ("b.json", b"[3]")], "holds no record, but list"),
     "a vector": ([*FINE, ("b.png", png(2)), ("b.json", b'{"label": [0, 1]}')], r"the label \[0, 1\] in 'b.json'"),
+    "endless json": (
+        [*FINE, ("b.png", png(2)), ("b.json", b'{"label": 0}' + b" " * (1 << 20))],
+        "'b.json' has 1,048,588 bytes; a label needs fewer than 1,048,576",
+    ),
     "true": ([*FINE, ("b.png", png(2)), ("b.json", b'{"label": true}')], "the label True in 'b.json'"),
     "names and numbers": (
         [*FINE, ("b.png", png(2)), ("b.cls", b"0"), ("c.png", png(3)), ("c.json", b'{"label": "owl"}')],
@@ -257,6 +321,8 @@ def test_shards_are_held_against_the_list_of_them(shards):
     promise(url="elsewhere/train-000009.tar")
     with pytest.raises(DataError, match=r"1 of 2 shards that index.json lists are missing, such as 'train-000009.tar'"):
         load_image_set(shards)
+    promise(url="elsewhere/train-000001.tar")
+    assert len(load_image_set(shards)) == 12, "whatever place it was listed for"
     promise(nsamples="many")
     with pytest.raises(DataError, match="expected url, filesize and nsamples"):
         load_image_set(shards)
@@ -265,6 +331,10 @@ def test_shards_are_held_against_the_list_of_them(shards):
         load_image_set(shards)
     (shards / "index.json").write_text('{"of": "something else"}')
     assert len(load_image_set(shards)) == 12
+    tar(shards / "train-000001.tar", [*labelled(range(6, 11)), ("00011.png", b"x"), ("00011.cls", b"2")])
+    promise()
+    with pytest.raises(DataError, match=r"1 of 12 files cannot be used \('train-000001.tar:00011.png'"):
+        load_image_set(shards)
 
 
 # Hostile and damaged files
@@ -405,7 +475,7 @@ def test_other_damage_is_named(tmp_path, change, message):
         load_image_set(tmp_path / "x.tar")
 
 
-@pytest.mark.parametrize("record", ["size=99999999999", "size=-5", "path=../../evil.png"])
+@pytest.mark.parametrize("record", ["size=99999999999", "size=-5", "path=../../evil.png", "path=a\0.png", "path="])
 def test_extended_headers_cannot_lie(tmp_path, record):
     key, _, value = record.partition("=")
     info = tarfile.TarInfo("a.png")
@@ -414,6 +484,33 @@ def test_extended_headers_cannot_lie(tmp_path, record):
         archive.addfile(info, io.BytesIO(png(1)))
     with pytest.raises(DataError):
         load_image_set(tmp_path / "x.tar")
+
+
+@pytest.mark.faults
+def test_the_fingerprint_follows_the_names_of_classes(tmp_path):
+    found = set()
+    for name in ("eagle", "owl"):
+        records = [json.dumps({"label": label}).encode() for label in ("ant", name)]
+        parts = [("a.png", png(1)), ("a.json", records[0]), ("b.png", png(2)), ("b.json", records[1])]
+        images = load_image_set(tar(tmp_path / name / "x.tar", parts))
+        assert images.class_labels.tolist() == [0, 1]
+        found.add(images.fingerprint)
+    assert len(found) == 2
+
+
+@pytest.mark.faults
+def test_the_fingerprint_follows_pixels_names_labels_and_size_and_not_the_place(tmp_path):
+    def made(name, values=(1, 2), names="ab", labels=(0, 1)):
+        rows = zip(names, values, labels, strict=True)
+        parts = [part for n, v, label in rows for part in ((f"{n}.png", png(v)), (f"{n}.cls", b"%d" % label))]
+        return tar(tmp_path / name / "x.tar", parts)
+
+    first = load_image_set(made("one")).fingerprint
+    assert load_image_set(made("elsewhere")).fingerprint == first
+    changed = [made("pixels", values=(1, 3)), made("names", names="ac"), made("labels", labels=(1, 0))]
+    others = [load_image_set(path).fingerprint for path in changed]
+    others.append(load_image_set(tmp_path / "one", 4).fingerprint)
+    assert len({first, *others}) == 5
 
 
 # Stored indices
@@ -444,6 +541,52 @@ def test_the_pass_happens_once_and_again_for_changed_shards_alone(shards, monkey
     (shards / "train-000002.tar").unlink()
     assert len(load_image_set(shards)) == 12
     assert len(seen) == 4
+
+
+@pytest.mark.faults
+def test_a_shard_that_was_replaced_by_one_of_equal_size_is_looked_at_again(shards):
+    store, names = find_shards(shards)
+    index_shards(store, names, beside=True)
+    size = (shards / names[0]).stat().st_size
+    tar(shards / names[0], labelled(range(20, 26)))
+    assert (shards / names[0]).stat().st_size == size
+    images = load_image_set(shards)
+    assert [images.read(i)[0, 0, 0] for i in (0, 6)] == [20, 6]
+
+
+@pytest.mark.faults
+def test_an_index_of_another_shard_is_not_believed(shards, monkeypatch, tmp_path):
+    store, names = find_shards(shards)
+    index_shards(store, names, beside=True)
+    shutil.copy(shards / BESIDE / f"{names[0]}.index", shards / BESIDE / f"{names[1]}.index")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    images = load_image_set(shards)
+    assert [images.read(i)[0, 0, 0] for i in (0, 6)] == [0, 6]
+
+
+@pytest.mark.faults
+def test_a_process_that_is_killed_while_it_checks_is_one_line_and_what_was_checked_is_kept(shards, monkeypatch):
+    store, names = find_shards(shards)
+    real = shards_module.index_shard
+
+    def killed(store, name):
+        if name == names[1]:
+            deadline = time.monotonic() + 60
+            while not index_path(store, names[0]).exists() and time.monotonic() < deadline:
+                time.sleep(0.002)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(store, name)
+
+    monkeypatch.setattr(shards_module, "index_shard", killed)
+    with pytest.raises(
+        SmaltiError, match=r"a process that checked shards was killed; what was checked is kept"
+    ) as told:
+        index_shards(store, names, processes=2)
+    assert "\n" not in str(told.value)
+    monkeypatch.setattr(shards_module, "index_shard", real)
+    seen = passes(monkeypatch)
+    assert len(load_image_set(shards)) == 12
+    assert seen == [names[1]]
 
 
 @pytest.mark.faults
@@ -504,7 +647,8 @@ def test_several_processes_find_the_same_as_one(shards):
         index_shards(store, names, processes=2)
 
 
-def test_names_packed_are_the_names():
+def test_names_packed_are_the_names(monkeypatch):
+    monkeypatch.setattr(index_file, "_AT_ONCE", 4)
     names = ["a", "", "größe", "caf\udce9", "new\nline"] * 3
     packed = PackedNames.joined([PackedNames.of(names[:7]), PackedNames.of([]), PackedNames.of(names[7:])])
     assert list(packed) == names
@@ -546,7 +690,7 @@ def test_a_changed_shard_is_noticed_at_every_read_and_replaced_the_same_way(shar
         assert batch.indices.tolist() == [wanted]
         assert images.read(2)[0, 0, 0] == 2
     if damage == "flip":
-        with pytest.raises(DataError, match=r"of \d+ reads failed, more than 0.1 %: stopped"):
+        with pytest.raises(DataError, match=r"2 of [3-9] reads failed, more than 0.1 %: stopped"):
             images.read(3)
 
 
@@ -564,6 +708,36 @@ def test_images_of_equal_bytes_stay_together_in_a_split(tmp_path):
     images = load_image_set(tmp_path / "s")
     assert [images.split_names[i] for i in range(20)] == [images.split_names[i] for i in range(20, 40)]
     assert len(set(images.split_names)) == 20
+
+
+def test_a_twin_in_one_shard_takes_all_examples_of_its_key_along(tmp_path):
+    """`z` and one `x` are twins; the other `x` has no twin, and must not be held out alone."""
+    tar(tmp_path / "s" / "a.tar", [("z.png", png(2)), ("x.png", png(2))])
+    tar(tmp_path / "s" / "b.tar", [("x.png", png(1)), ("y.png", png(3))])
+    assert list(load_image_set(tmp_path / "s").split_names) == ["z", "z", "z", "y"]
+
+
+def test_images_that_are_not_square_keep_their_rows_and_columns(tmp_path):
+    tar(tmp_path / "x.tar", [(f"{i}.png", png(i, size=(8, 5))) for i in range(3)])
+    images = load_image_set(tmp_path / "x.tar")
+    assert (images.image_size, images.read(0).shape) == ((5, 8), (5, 8, 3))
+
+
+def test_blocks_hold_no_more_examples_than_allowed(shards, monkeypatch):
+    monkeypatch.setattr(shards_module, "BLOCK", 4)
+    assert load_image_set(shards).block_starts.tolist() == [0, 4, 6, 10]
+
+
+def test_a_block_that_is_spread_over_a_shard_is_not_fetched_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "BLOCK_BYTES", 2048)
+    labels = [(f"{i:02}.cls", b"0") for i in range(40)]
+    tar(tmp_path / "x.tar", [*labels, *((f"{i:02}.png", png(i)) for i in reversed(range(40)))])
+    fsspec.filesystem("memory").pipe("/spread/x.tar", (tmp_path / "x.tar").read_bytes())
+    images = load_shards("memory://spread", None, cache_bytes=0)
+    read, asked = images.store.read, []
+    monkeypatch.setattr(images.store, "read", lambda name, low, high: asked.append(high - low) or read(name, low, high))
+    assert [images.read(i)[0, 0, 0] for i in range(40)] == list(range(40))
+    assert max(asked) < 512
 
 
 def test_shards_can_be_measured_like_any_set(shards):

@@ -72,6 +72,22 @@ def test_a_set_by_its_stored_index_is_the_set_of_a_fresh_pass(animals, opened):
         assert stored.read(i).tolist() == without_index(animals).read(i).tolist()
 
 
+def test_sizes_kinds_and_notes_are_stored_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "FRESH_NS", -(10**10))
+    root = tmp_path / "odd"
+    put(root / "wide.png", size=(8, 4))
+    frames = [Image.new("RGB", (8, 4), colour) for colour in ("white", "black")]
+    frames[0].save(root / "two frames.gif", save_all=True, append_images=frames[1:])
+    Image.new("CMYK", (8, 4)).save(root / "print.jpg")
+    check(str(root))
+    stored = load_image_set(root)
+    same(stored, without_index(root))
+    assert stored.image_size == (4, 8)
+    assert [entry.notes for entry in stored.index.entries if entry.format == "GIF"] == [
+        ("animated or multi-page: only frame 0 is used",)
+    ]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("change", ["add", "remove", "overwrite", "rename", "relabel", "touch", "break", "mend"])
 def test_changed_files_are_looked_at_again_and_no_others(animals, opened, change):
@@ -170,6 +186,14 @@ def test_a_changed_file_is_noticed_under_a_run_and_read_ones_stay_in_memory(anim
     assert images.read(0)[0, 0].tolist() == [0, 0, 0]
     with pytest.raises(ChangedFileError):
         images.read(1)
+
+
+def test_of_a_large_set_nothing_stays_in_memory(animals):
+    images = load_folder(animals, None, cache_bytes=0)
+    assert images.read(0)[0, 0].tolist() == [0, 0, 0]
+    shutil.rmtree(animals)
+    with pytest.raises(ChangedFileError):
+        images.read(0)
 
 
 def test_an_index_beside_the_data_serves_everybody(animals, tmp_path, monkeypatch, opened):

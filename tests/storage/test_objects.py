@@ -4,6 +4,8 @@ import http.server
 import multiprocessing
 import os
 import re
+import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +14,7 @@ import pytest
 
 from smalti.errors import ConfigError, DataError, StorageError
 from smalti.storage import objects
+from smalti.storage import web as web_module
 from smalti.storage.objects import MissingObjectError, is_url, join, open_store
 
 FILES = {"a.bin": bytes(range(256)) * 40, "deep/er/b.bin": b"0123456789", "deep/empty": b"", "odd name%.bin": b"odd"}
@@ -20,16 +23,20 @@ FILES = {"a.bin": bytes(range(256)) * 40, "deep/er/b.bin": b"0123456789", "deep/
 class Server(http.server.BaseHTTPRequestHandler):
     """A web server of `FILES` that can misbehave; `behaviour` is one of the words below."""
 
-    behaviour = "good"
+    behaviour, etag, changed = "good", '"abc"', ""
     asked = 0
+    heads: tuple = ()
 
     def do_GET(self):
         type(self).asked += 1
-        name = objects.urllib.parse.unquote(self.path.partition("?")[0]).removeprefix("/data/")
+        type(self).heads += ({"path": self.path, **self.headers},)
+        name = objects.urllib.parse.unquote(objects.urllib.parse.urlsplit(self.path).path).removeprefix("/data/")
         if self.behaviour == "busy" or (self.behaviour == "busy once" and self.asked == 1):
             return self.send_error(503)
         if self.behaviour == "forbidden":
             return self.send_error(403)
+        if self.behaviour == "gone":
+            return self.send_error(410)
         if name not in FILES:
             return self.send_error(404)
         data = FILES[name]
@@ -44,6 +51,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         told = f"bytes {start}-{stop - 1}/{len(data)}"
         if self.behaviour == "lies about the range":
             return self.answer(206, data[:5], told)
+        if self.behaviour == "sends more":
+            return self.answer(206, data[start : stop + 3], told)
         if self.behaviour == "cut":
             return self.answer(206, data[start:stop], told, cut=True)
         return self.answer(206, data[start:stop], told)
@@ -51,7 +60,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     def answer(self, status, body, content_range=None, cut=False):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"abc"')
+        self.send_header("ETag", self.etag)
+        self.send_header("Last-Modified", self.changed)
         if content_range:
             self.send_header("Content-Range", content_range)
         self.end_headers()
@@ -189,20 +199,57 @@ def test_stores_work_in_threads_in_forks_and_when_pickled(place):
     assert again.place == store.place
 
 
-def test_versions_tell_that_a_file_was_written_again(tmp_path):
+@pytest.mark.faults
+def test_a_fork_while_a_thread_is_at_it_does_not_wait_for_that_thread(place):
+    store = open_store(place)
+    store.read("a.bin", 0, 1)
+    store._lock.acquire()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        code = 1
+        try:
+            code = int(store.read("a.bin", 3, 9) != FILES["a.bin"][3:9])
+        finally:
+            os._exit(code)
+    store._lock.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_versions_tell_that_a_file_was_written_again(tmp_path, monkeypatch):
     store = open_store(tmp_path)
     (tmp_path / "x").write_bytes(b"one")
     first = store.version("x")
     assert store.version("x") == first
     os.utime(tmp_path / "x", ns=(0, 0))
-    assert store.version("x") != first
+    second = store.version("x")
+    assert second != first
+    (tmp_path / "x").write_bytes(b"longer")
+    os.utime(tmp_path / "x", ns=(0, 0))
+    assert store.version("x") != second
     fs = fsspec.filesystem("memory")
     fs.pipe("/versions/x", b"one")
     there = open_store("memory://versions")
     first = there.version("x")
     fs.pipe("/versions/x", b"longer")
     assert there.version("x") != first
-    assert there.size("x") == 6, "an old listing must not speak for the new file"
+    assert there.size("x") == 6
+    second = there.version("x")
+    fs.pipe("/versions/x", b"LONGER")
+    assert there.version("x") != second
+    asked = []
+    monkeypatch.setattr(type(there._connect()), "invalidate_cache", lambda self, path=None: asked.append(path))
+    there.size("x")
+    assert asked, "an old listing must not speak for the new file"
+
+
+@pytest.mark.parametrize("mark", ["etag", "changed"])
+def test_versions_of_a_web_server_are_what_it_says_of_the_file(web, mark):
+    store = open_store(web.place)
+    first = store.version("a.bin")
+    assert store.version("a.bin") == first
+    setattr(web, mark, "another")
+    assert store.version("a.bin") != first
 
 
 # A folder of this machine
@@ -262,6 +309,64 @@ def test_a_server_that_answers_wrongly_is_an_error_after_three_tries(web, behavi
         open_store(web.place).read("a.bin", 10, 20)
     assert "\n" not in str(caught.value)
     assert web.asked == (1 if behaviour == "forbidden" else 3)
+
+
+@pytest.mark.faults
+def test_a_server_that_sends_more_than_it_was_asked_for_is_not_believed(web):
+    web.behaviour = "sends more"
+    with pytest.raises(StorageError, match="gave 11 bytes where 10 were asked for"):
+        open_store(web.place).read("a.bin", 10, 20)
+
+
+@pytest.mark.faults
+def test_a_file_that_a_server_has_removed_is_missing(web):
+    web.behaviour = "gone"
+    with pytest.raises(MissingObjectError, match=r"no file 'a.bin'"):
+        open_store(web.place).read("a.bin", 10, 20)
+
+
+@pytest.mark.faults
+def test_a_server_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(web_module, "_TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = open_store(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(StorageError, match=r"'a.bin' cannot be read, 3 tries failed: .*timed out"):
+            store.read("a.bin", 0, 1)
+
+
+@pytest.mark.faults
+def test_nothing_is_asked_for_in_the_open_that_was_asked_for_in_secret():
+    store = open_store("https://host/data")
+    assert store._onward("https://host/data/a", "/b") == "https://host/b"
+    assert store._onward("http://host/data/a", "https://host/b") == "https://host/b"
+    with pytest.raises(StorageError, match="sends from https on to 'http', which is refused"):
+        store._onward("https://host/data/a", "http://host/data/a")
+
+
+def test_only_so_many_connections_stay_open(monkeypatch):
+    monkeypatch.setattr(web_module, "_IDLE", 2)
+    closed = []
+
+    class Connection:
+        def __init__(self, number):
+            self.number = number
+
+        def close(self):
+            closed.append(self.number)
+
+    store = open_store("http://host/data")
+    for number in range(5):
+        store._keep(("http", "host", ""), Connection(number))
+    assert closed == [0, 1, 2]
+    assert store._kept(("http", "elsewhere", "")) is None
+
+
+def test_a_proxy_of_the_environment_is_asked_for_the_whole_address(web, monkeypatch):
+    monkeypatch.setenv("http_proxy", web.place.replace("http://", "http://me:secret@"))
+    monkeypatch.setenv("no_proxy", "")
+    assert open_store("http://far.example/data?key=1").read("a.bin", 10, 20) == FILES["a.bin"][10:20]
+    assert web.heads[0]["path"] == "http://far.example/data/a.bin?key=1"
+    assert web.heads[0]["Proxy-Authorization"] == "Basic bWU6c2VjcmV0"
 
 
 def test_a_failure_that_passes_is_tried_again(web):
