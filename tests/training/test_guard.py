@@ -195,6 +195,9 @@ def test_a_kill_during_the_replay_forgets_no_rewind(tmp_path):
     other.restore(stored)
     assert other.passes_over(25)
     assert other.counters() == again.counters()
+    elsewhere = Guard(REWIND, tmp_path / "new")  # the checkpoint came without its run folder
+    elsewhere.restore(json.loads(json.dumps(again.counters())))
+    assert elsewhere.rewinds == (25,)
 
 
 @pytest.mark.faults

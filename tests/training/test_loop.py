@@ -155,11 +155,13 @@ def test_every_step_uses_its_own_learning_rate(setting):
     config, batches, new_state = setting
     schedule = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, decay="cosine")
     state, used = new_state(schedule), []
+    spared = state.optimizer.param_groups[0]["params"].pop()  # as of a mixer whose parameters do not decay
+    state.optimizer.add_param_group({"params": [spared], "weight_decay": 0.0})
     state.optimizer.register_step_pre_hook(lambda o, *_: used.append([g["lr"] for g in o.param_groups]))
     reports = list(train_steps(state, batches, replace(config, steps=6, optimizer=schedule)))
     expected = [learning_rate(schedule, step, 6) for step in range(6)]
     assert [r.learning_rate for r in reports] == expected
-    assert used == [[rate] for rate in expected]
+    assert used == [[rate, rate] for rate in expected]
     assert [r.step for r in reports] == [1, 2, 3, 4, 5, 6]
 
 

@@ -22,7 +22,7 @@ from smalti.storage.chunks import DamagedChunkError
 from smalti.training.batches import BatchSource
 from smalti.training.prefetch import Prefetched, WorkerDiedError, prefetched
 
-SECONDS = 10  # of patience for what takes a tenth of a second on an idle machine
+SECONDS = 40  # of patience for what takes a tenth of a second on an idle machine
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +94,29 @@ def test_what_crosses_is_writable_keeps_its_kind_and_may_be_empty(workers):
                     assert found[name].tolist() == value.tolist()
                 else:
                     assert found[name] == value
+
+
+def test_a_worker_computes_with_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with prefetched(lambda step: torch.get_num_threads(), 0, 2, workers=2) as made:
+            assert list(made) == [1, 1]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="asks the Linux kernel")
+def test_a_worker_holds_no_end_of_the_pipe_of_another():
+    """Else that pipe would outlive its reader, and its worker would wait for ever to be heard."""
+
+    def held(step):
+        links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+        return {os.readlink(link) for link in links if link.is_fifo()}
+
+    with prefetched(held, 0, 3, workers=3) as made:
+        pipes = [os.readlink(f"/proc/self/fd/{worker.pipe.fileno()}") for worker in made._workers]
+        assert [theirs.intersection(pipes) for theirs in made] == [{pipe} for pipe in pipes]
 
 
 def test_no_steps_are_no_batches_and_impossible_numbers_are_refused():
@@ -263,12 +286,14 @@ def test_a_worker_that_is_busy_ends_with_the_process_it_works_for(tmp_path):
             next(prefetched(load, 0, 4, workers=1))
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 20
-    while not note.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + SECONDS
+    while not note.exists():
+        assert time.monotonic() < deadline, "no worker has begun"
         time.sleep(0.01)
     worker = int(note.read_text())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    deadline = time.monotonic() + SECONDS
     while not ended(worker) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert ended(worker)

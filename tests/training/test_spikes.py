@@ -1,6 +1,7 @@
 """Spikes of the gradient in the loop itself: a run that met one is the run that never had its batch, bit for bit."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -172,7 +173,9 @@ def test_a_run_of_spikes_ends_with_the_weights_before_them_and_what_is_known_of_
     with pytest.raises(NumericError, match=r"4 of the last 1000 .* \(steps 22, 23, 24, 25\)"):
         run_on(state, batches, config)
     assert bits(state) == before
-    assert (tmp_path / "numeric-error-0000000025.json").exists()
+    told = json.loads((tmp_path / "numeric-error-0000000025.json").read_text())["skipped"]
+    batch = config.batch_size
+    assert [one["positions"] for one in told] == [[step * batch, (step + 1) * batch] for step in range(22, 26)]
 
 
 def test_a_step_that_is_passed_over_costs_nothing_and_changes_nothing(setting, monkeypatch):

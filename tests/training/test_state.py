@@ -112,3 +112,35 @@ def test_optimizer_state_of_an_unknown_parameter_is_refused(tmp_path):
     store.save(7, tensors, state.counters())
     with pytest.raises(CheckpointError, match=r"unknown parameter 'nowhere\.weight'"):
         state_of(tmp_path).restore(store.load(7))
+
+
+def test_moments_of_another_shape_are_refused_and_not_stretched(tmp_path):
+    state = trained(tmp_path)
+    tensors = copy.copy(state.groups())
+    name = next(name for name, tensor in tensors["optimizer"].items() if tensor.ndim == 2)
+    tensors["optimizer"] = tensors["optimizer"] | {name: tensors["optimizer"][name][:1].clone()}
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(7, tensors, state.counters())
+    with pytest.raises(CheckpointError, match=r"optimizer state .* the parameter"):
+        state_of(tmp_path).restore(store.load(7))
+
+
+@pytest.mark.parametrize("group", ["model", "ema"])
+def test_weights_of_another_dtype_are_refused_and_not_rounded(tmp_path, group):
+    state = trained(tmp_path)
+    tensors = copy.copy(state.groups())
+    tensors[group] = {name: tensor.bfloat16() for name, tensor in tensors[group].items()}
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(7, tensors, state.counters())
+    with pytest.raises(CheckpointError, match=r"bfloat16 there, .* float32 here"):
+        state_of(tmp_path).restore(store.load(7))
+
+
+def test_of_a_checkpoint_before_the_first_step_nothing_is_left_of_later_moments(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    first = state_of(tmp_path)
+    store.save(0, first.groups(), first.counters())
+    state = trained(tmp_path)
+    state.restore(store.load(0))
+    assert not state.optimizer.state
+    assert (state.step, state.skipped) == (0, ())

@@ -88,6 +88,14 @@ def test_a_cause_stands_against_those_who_only_noticed(tmp_path):
     assert read_status(tmp_path).values["exit_code"] == "65"
 
 
+def test_the_cause_of_an_earlier_start_says_nothing_of_a_later_one(tmp_path):
+    lost = SmaltiError("process 0 of 2 waited for another one that ended")
+    for later, exit_code in ((-1, "65"), (1, str(lost.exit_code))):
+        mark_failed(tmp_path, DataError("shard-3.tar is cut off"))
+        mark_failed(tmp_path, lost, since=(tmp_path / "FAILED").stat().st_mtime + later)
+        assert read_status(tmp_path).values["exit_code"] == exit_code
+
+
 def test_a_failure_inside_the_run_is_marked_and_passed_on(tmp_path):
     with pytest.raises(NumericError), marked_failures(tmp_path):
         raise NumericError("11 of the last 1000 steps")
