@@ -52,17 +52,17 @@ def test_a_step_that_ends_well_or_badly_is_told_apart(gpu, tmp_path, monkeypatch
 def test_a_step_past_its_limit_is_stopped_with_all_that_it_started(gpu, tmp_path, monkeypatch):
     code = (
         "import subprocess, sys, time, pathlib\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "pathlib.Path('child').write_text(str(child.pid))\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
-    slow = make_step(gpu, tmp_path, monkeypatch, code, most=2.0)
+    slow = make_step(gpu, tmp_path, monkeypatch, code, most=3.0)
     start = time.monotonic()
-    assert gpu._run(slow, (), dict(os.environ), start + 60) == "stopped after 2 s"
-    assert time.monotonic() - start < 20
+    assert gpu._run(slow, (), dict(os.environ), start + 60) == "stopped after 3 s"
+    assert time.monotonic() - start < 60
     child = int((tmp_path / "child").read_text())
     state = Path(f"/proc/{child}/stat")
-    for _ in range(100):
+    for _ in range(1000):
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
             break
         time.sleep(0.05)

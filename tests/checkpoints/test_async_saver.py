@@ -26,7 +26,7 @@ class Gated:
 
     def create(self, path):
         self.waiting.set()
-        assert self.gate.wait(30)
+        assert self.gate.wait(60)
         return self.real.create(path)
 
 
@@ -43,7 +43,7 @@ def test_what_is_stored_is_the_state_when_it_was_asked_for(tmp_path, faults, gat
         tensors, state = faults.payload(1), {"value": 1, "list": [1]}
         gated.gate.clear()
         saver.save(1, tensors, state)
-        assert gated.waiting.wait(30)
+        assert gated.waiting.wait(60)
         assert saver.busy
         for group in tensors.values():
             for tensor in group.values():
@@ -63,7 +63,7 @@ def test_what_is_stored_is_the_state_when_it_was_asked_for(tmp_path, faults, gat
 def test_what_changes_before_the_thread_has_begun_is_not_stored_either(tmp_path, faults, monkeypatch):
     store, begin = CheckpointStore(tmp_path / "run"), threading.Event()
     real = store.save
-    monkeypatch.setattr(store, "save", lambda *args, **kwargs: begin.wait(30) and real(*args, **kwargs))
+    monkeypatch.setattr(store, "save", lambda *args, **kwargs: begin.wait(60) and real(*args, **kwargs))
     with AsyncSaver(store) as saver:
         state = {"list": [1]}
         saver.save(1, faults.payload(1), state)
@@ -77,8 +77,10 @@ def test_a_second_save_waits_for_the_first_and_says_how_long(tmp_path, faults, g
     with AsyncSaver(store) as saver:
         gated.gate.clear()
         saver.save(1, faults.payload(1), {"value": 1})
-        assert gated.waiting.wait(30)
-        threading.Timer(0.2, gated.gate.set).start()
+        assert gated.waiting.wait(60)
+        real, waits = saver._join, threading.Event()
+        saver._join = lambda: waits.set() or real()
+        threading.Thread(target=lambda: (waits.wait(60), time.sleep(0.2), gated.gate.set())).start()
         saver.save(2, faults.payload(2), {"value": 2})
         assert store.steps()[0] == 1
         assert saver.blocking_seconds >= 0.15

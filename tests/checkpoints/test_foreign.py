@@ -310,10 +310,10 @@ def test_what_is_no_table_of_plain_tensors_is_refused_before_it_is_made(tmp_path
 @pytest.mark.faults
 def test_a_packed_archive_is_refused_before_it_is_unpacked(tmp_path):
     path = archive(tmp_path / "w.pt", b"\0" * (300 << 20), compression=zipfile.ZIP_DEFLATED)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match="may be a bomb"):
         check_zip(path)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.faults
@@ -322,10 +322,10 @@ def test_an_archive_of_very_many_members_is_refused_at_once(tmp_path):
     with zipfile.ZipFile(path, "w") as file:
         for i in range(MAX_MEMBERS + 1):
             file.writestr(f"archive/data/{i}", b"")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match="members: at most"):
         read_foreign(path)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.faults

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_runs import flags, write_set
 
 import smalti
-from smalti import errors
+from smalti import cli, errors
 from smalti.checkpoints import RunLock, load_bundle, save_model
 from smalti.cli import GROUPS, VERBS, main
 from smalti.config import to_dict
@@ -142,11 +142,12 @@ def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, capsys):
 
 def test_another_process_is_silent_if_it_is_stopped_after_the_first_has_said_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli, "PATIENCE", 60.0)
     before = signal.getsignal(signal.SIGTERM)
 
     def stop():
         while signal.getsignal(signal.SIGTERM) is before:
-            time.sleep(0.01)
+            time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGTERM)
 
     torchrun = threading.Thread(target=stop, daemon=True)

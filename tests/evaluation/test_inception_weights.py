@@ -68,10 +68,9 @@ def server():
 @pytest.fixture
 def closed():
     """An address at which nobody listens."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    return f"http://127.0.0.1:{port}/whole"
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # held, so that nobody else begins to listen there
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}/whole"
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +160,7 @@ def test_a_killed_download_leaves_nothing_that_looks_whole_and_the_next_one_clea
         until = time.monotonic() + 60
         while not any(path.stat().st_size for path in places["own"].glob(".*.part")):
             assert child.poll() is None
-            assert time.monotonic() < until
+            assert time.monotonic() < until, "nothing was downloaded"
             time.sleep(0.02)
     finally:
         child.send_signal(signal.SIGKILL)

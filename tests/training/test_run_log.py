@@ -112,11 +112,12 @@ def test_a_log_whose_writer_is_killed_again_and_again_has_rising_steps_and_no_ga
             with contextlib.suppress(BaseException):
                 log_for_ever(tmp_path, writer)
             os._exit(1)
-        os.read(reader, 1)
+        os.close(writer)
+        assert os.read(reader, 1), "the writer has failed"
         time.sleep(rng.uniform(0, 0.01))
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        os.close(reader), os.close(writer)
+        os.close(reader)
         found = steps(tmp_path)
         assert found == list(range(1, len(found) + 1))
         grown += bool(found)
@@ -214,7 +215,9 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path):
 def test_after_a_restart_tensorboard_shows_every_step_once(tmp_path):
     pytest.importorskip("tensorboard")
     write(tmp_path, [1, 2, 3], tensorboard=True)
-    time.sleep(1.1)  # TensorBoard orders its files by the second they were begun in
+    begun = time.time()  # TensorBoard orders its files by the second they were begun in
+    while int(time.time()) == int(begun):
+        time.sleep(0.01)
     write(tmp_path, [3, 4], start=2, tensorboard=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import time
+import threading
 
 import pytest
 from tiny_runs import tiny_config, write_set
@@ -46,16 +46,21 @@ def test_the_best_by_validation_loss_and_every_third_stay_beside_the_newest(tmp_
 
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_run_that_is_to_wait_has_each_checkpoint_on_the_disk_before_the_next_step(tmp_path, data, monkeypatch, wait):
-    real, on_disk = CheckpointStore.save, []
+    real, on_disk, second = CheckpointStore.save, [], threading.Event()
 
     def save(self, *args, **kwargs):
-        time.sleep(0.3)  # longer than a step takes
+        assert wait or second.wait(60)  # the disk takes longer than the next step
         return real(self, *args, **kwargs)
+
+    def look(report):
+        on_disk.append(store.steps())
+        if report.step == 2:
+            second.set()
 
     monkeypatch.setattr(CheckpointStore, "save", save)
     config = tiny_config(tmp_path / "run", data, steps=3, checkpoint_every=1, store=StoreConfig(wait=wait))
     store = CheckpointStore(config.out / "checkpoints")
-    train(config, on_step=lambda report: on_disk.append(store.steps()))
+    train(config, on_step=look)
     assert on_disk == ([[], [1], [1, 2]] if wait else [[], [], on_disk[2]])
 
 
