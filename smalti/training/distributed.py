@@ -136,6 +136,7 @@ class Parallel:
     def _shard(self, network: nn.Module, *, reshard: bool) -> None:
         for block in network.iter_blocks():  # type: ignore[operator]
             self._shard_one(block, reshard=reshard)
+        network.register_forward_hook(_own_memory)
         # Said of the root, too: else what it holds after a forward without a backward would be the gathered weights.
         self._shard_one(network, reshard=reshard)
 
@@ -231,6 +232,11 @@ def several_groups() -> bool:
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState  # as `fully_shard` gives every module
 
     return hasattr(FSDPState(), _GROUPS)
+
+
+def _own_memory(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    """Not a view: a change in place would lose what FSDP hangs on it to gather weights for the backward pass."""
+    return output.clone() if output._is_view() else output
 
 
 def _forget(module: nn.Module, args: object, output: object) -> None:
