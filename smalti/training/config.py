@@ -203,8 +203,10 @@ class RunConfig:
         ema_decay: None = suited to `steps`; see docs/guide/train.md.
         seed: of everything random in the run.
         device: auto = cuda, else mps, else cpu.
-        log_every, validate_every, sample_every: in steps, and at the end of the run; 0 = never.
-        checkpoint_every: likewise; the end is always stored.
+        log_every: steps between two lines in the log; the end of the run has one, too; 0 = never.
+        validate_every: steps between two measurements of the validation loss; 0 = at the end alone.
+        sample_every: steps between two preview pictures; the end of the run has one, too; 0 = never.
+        checkpoint_every: steps between two checkpoints; 0 = none but that of the end, which is always stored.
         keep_checkpoints: how many of the newest stay.
         preview: how the sample grids of the run are drawn.
         store: more about checkpoints.

@@ -184,7 +184,9 @@ def _train(
                 log.write("memory", step, micro_batch=report.micro_batch)
                 progress.note(f"out of memory: from step {step} on {report.micro_batch} images per forward pass")
             micro_batch = report.micro_batch
-            progress.update(step, f"loss {report.loss:.4f}" + (f", validation {loss.mean:.4f}" if loss else ""))
+            # The end measures anew, and an older loss beside it would be taken for that of the finished run.
+            known = f", validation {loss.mean:.4f}" if loss is not None and not last else ""
+            progress.update(step, f"loss {report.loss:.4f}{known}")
             losses += [] if report.skipped else [report.loss]
             if _due(step, config.log_every, last):
                 now = time.monotonic()
