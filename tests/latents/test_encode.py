@@ -112,6 +112,7 @@ def test_parts_by_themselves_end_in_the_same_bytes(vae, whole, tmp_path):
     assert "chunks 2:4 are stored; of all 4, 2 are missing: 0-1" in first.note
     with pytest.raises(DataError, match="is not finished; run the `smalti encode` command that began it again"):
         open_latents(out)
+    (out / ".claim-00000003").write_bytes(b"")  # of a process that died between storing its chunk and letting go
     assert encode(settings(vae, out, chunks=":2")).record.complete
     assert contents(out) == contents(whole)
 
@@ -351,6 +352,8 @@ def test_wrong_settings_are_refused_before_anything_is_written(vae, tmp_path, ch
 def test_other_latents_and_other_files_are_not_written_over(vae, whole, tmp_path):
     with pytest.raises(ConfigError, match=r"holds other latents \(flips: stored there, none now\)"):
         encode(settings(vae, whole, flips="none"))
+    with pytest.raises(ConfigError, match=r"holds other latents \(image_size: .*there, .*now\)"):
+        encode(settings(vae, whole, image_size=16))
     other = tiny_vae.saved(tmp_path / "other", seed=1, scaling_factor=0.7)
     with pytest.raises(ConfigError, match=r"holds other latents \(codec.sha256"):
         encode(settings(other, whole))
