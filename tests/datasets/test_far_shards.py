@@ -134,6 +134,8 @@ def loaded(web, monkeypatch, block_bytes=1 << 14):
 
 
 def test_in_an_order_of_blocks_an_image_costs_a_tenth_of_a_request_and_no_connection(web, monkeypatch):
+    monkeypatch.setattr(read_ahead_module, "HELD_BYTES", 6 << 14)  # those of a window, and not those before
+    monkeypatch.setattr(read_ahead_module, "_LEAST_USE", 0.05)  # images so small are a tenth of their tar
     images = loaded(web, monkeypatch)
     blocks = len(images.block_starts)
     assert COUNT / 12 <= blocks <= COUNT / 6
@@ -144,6 +146,7 @@ def test_in_an_order_of_blocks_an_image_costs_a_tenth_of_a_request_and_no_connec
         assert (batch.images == load_batch(near, order, range(first, first + 20), flip=True, seed=1).images).all()
     assert web.requests == blocks
     assert web.connections <= 1
+    assert images.ahead._let_go > read_ahead_module._JUDGED_AFTER
 
 
 def test_blocks_are_the_same_near_and_far_and_hold_their_images(web, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import tarfile
 import time
 
 import pytest
@@ -236,9 +237,32 @@ def test_a_folder_of_many_files_starts_in_seconds(tmp_path, monkeypatch):
 # The command
 
 
-def test_data_check_reads_shards_and_ends_with_65_where_nothing_can_be_used(animals, tmp_path, capsys):
-    import tarfile
+def test_a_second_check_opens_no_file_again(animals, opened):
+    first = check(str(animals)).text
+    assert opened == []
+    assert check(str(animals)).text == first
 
+
+def test_data_check_counts_over_all_shards_and_misses_none(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, mode in enumerate(("RGB", "RGB", "L")):
+        Image.new(mode, (8, 8), number).save(tmp_path / "x.png")
+        (tmp_path / "x.txt").write_text("a caption")
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for suffix in ("png", "txt"):
+                archive.add(tmp_path / f"x.{suffix}", f"{number}.{suffix}")
+    lines = check(str(folder)).text.splitlines()
+    assert lines[0] == f"{folder}: 3 images in 3 tar shards, 0 unusable files"
+    assert "formats: PNG RGB 2, PNG L 1" in lines
+    left_out = [f"left out '{n}.tar:{n}.txt': neither an image nor a label" for n in range(3)]
+    assert [line for line in lines if ".txt" in line] == left_out
+    (folder / "index.json").write_text('{"shardlist": [{"url": "3.tar"}]}')
+    with pytest.raises(DataError, match=r"1 of 1 shards that index.json lists are missing, such as '3.tar'"):
+        check(str(folder))
+
+
+def test_data_check_reads_shards_and_ends_with_65_where_nothing_can_be_used(animals, tmp_path, capsys):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.add(animals, ".")
     assert main(["data", "check", str(tmp_path / "x.tar")]) == 0
@@ -248,11 +272,21 @@ def test_data_check_reads_shards_and_ends_with_65_where_nothing_can_be_used(anim
     assert "exact copies: 1 (a split keeps them together)" in lines
     assert "  0 'cats': 6 images" in lines
     assert "left out 'x.tar:cats/list.txt': neither an image nor a label" in lines
+    assert not (tmp_path / BESIDE).exists()
+    check(str(tmp_path / "x.tar"), beside=True)
+    assert [path.name for path in (tmp_path / BESIDE).iterdir()] == ["x.tar.index"]
     for path in animals.rglob("*.png"):
         path.write_bytes(b"")
     assert main(["data", "check", str(animals)]) == 65
     said = capsys.readouterr()
     assert "0 images, 12 unusable files" in said.out
+    assert "nothing in it can be used" in said.err
+    (tmp_path / "x.tar").unlink()
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(animals, ".")
+    assert main(["data", "check", str(tmp_path / "x.tar")]) == 65
+    said = capsys.readouterr()
+    assert "0 images in 1 tar shards, 12 unusable files" in said.out
     assert "nothing in it can be used" in said.err
     (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:2048])
     assert main(["data", "check", str(tmp_path / "x.tar")]) == 65
