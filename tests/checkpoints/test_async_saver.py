@@ -99,6 +99,9 @@ def test_host_memory_is_used_again(tmp_path, faults):
         assert len(second) == len(first) + 1
         saver.save(3, faults.payload(3), {"value": 3})
         assert saver._buffers.keys() == first.keys()
+        saver.save(4, {"model": {name: t.double() for name, t in faults.payload(4)["model"].items()}}, {"value": 4})
+    stored = CheckpointStore(tmp_path).load(4)
+    assert {stored.dtype("model", name) for name in stored.names("model")} == {torch.float64}
 
 
 @pytest.mark.faults

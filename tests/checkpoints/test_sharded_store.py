@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 
 import pytest
@@ -157,6 +158,31 @@ def test_processes_that_save_different_steps_are_refused(tmp_path, faults):
     act = lambda world: CheckpointStore(tmp_path, world=world).save(world.rank, {}, {})  # noqa: E731
     assert all("save different steps" in str(error) for error in faults.in_ranks(2, act))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_asked_for_what_all_processes_write(tmp_path, faults):
+    fs, free = faults.FileSystem(tmp_path), []
+
+    def act(world):
+        own = fs.view()
+        own.free = free[0]
+        return CheckpointStore(tmp_path / "run", world=world, fs=own).save(1, faults.parts(world, 1, rows=2000), {})
+
+    free.append(0)
+    (needed,) = {re.search(r"needs ([\d,]+) bytes", str(error))[1] for error in faults.in_ranks(2, act)}
+    assert int(needed.replace(",", "")) > 3 * 2000 * 6 * 4  # groups, rows, columns, bytes
+    free[0] = 2 * int(needed.replace(",", ""))
+    assert faults.in_ranks(2, act) == [tmp_path / "run" / "step-0000000001"] * 2
+
+
+def test_processes_that_do_not_see_the_same_checkpoint_are_told_so(tmp_path, faults):
+    for rank in range(2):
+        save(tmp_path / f"{rank}", 1, 10, faults, value=rank)
+    skipped = []
+    act = lambda world: CheckpointStore(tmp_path / f"{world.rank}", world=world).load_newest(skipped.append)  # noqa: E731
+    assert faults.in_ranks(2, act) == [None, None]
+    assert len(skipped) == 1
+    assert "not the same for all processes" in skipped[0]
 
 
 SIZE = 2
@@ -326,6 +352,7 @@ def test_an_index_that_contradicts_its_files_is_refused_when_rows_are_read(tmp_p
     def change(index):
         index["model"]["a.weight"][1] = [7, 4]
         index["model"]["b"] = index["model"]["a.bias"]
+        index["optimizer"]["count"][0] = "F64"
 
     reindexed(tmp_path / "step-0000000010", change)
     found = CheckpointStore(tmp_path).load(10)
@@ -333,3 +360,5 @@ def test_an_index_that_contradicts_its_files_is_refused_when_rows_are_read(tmp_p
         found.tensor("model", "a.weight")
     with pytest.raises(CheckpointError, match="does not hold b"):
         found.tensor("model", "b")
+    with pytest.raises(CheckpointError, match=r"count as I64 \[\], its manifest says F64 \[\]"):
+        found.tensor("optimizer", "count")
