@@ -185,7 +185,6 @@ def test_every_round_of_classes_and_every_pass_through_a_class_has_an_order_of_i
     assert len(set(passes)) == len(passes)
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("kind", ["full", "blocks"])
 def test_a_replacement_is_a_training_image_and_another_one_at_each_attempt(kind):
     train = [i for i in range(100) if i % 3]
