@@ -112,6 +112,20 @@ def test_split_copies_tell_other_nodes_little(xl):
     # A ring through all devices leaves each node once, and eight of them share what leaves.
     flat = communication(xl, dataclasses.replace(request, strategy="ddp"), DEVICES["h100"])
     assert flat.between == pytest.approx(2 * 63 / 64 * 4 * P / 8, rel=1e-6)
+    for found in (told, flat):  # both kinds of link at the same time
+        assert found.seconds == max(found.inside / 450e9, found.between / DEVICES["h100"].between_rate)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_several_copies_in_one_node_tell_each_other_inside_it_and_after_every_micro_batch(xl, nodes, micro_batches):
+    asked = {"strategy": "hsdp", "shard_size": 4, "nodes": nodes, "gpus_per_node": 8, "batch_size": 16 * nodes}
+    request = ask(network=XL, precision="bf16", micro_batch=2 // micro_batches, **asked)
+    told = communication(xl, request, DEVICES["h100"])
+    copies = 2 * nodes
+    across = micro_batches * 2 * (copies - 1) / copies * 4 * P / 4
+    assert told.inside == pytest.approx(micro_batches * 8 * P * 3 / 4 + across, rel=0.005)
+    assert told.between == (0 if nodes == 1 else pytest.approx(across / 2, rel=1e-6))
 
 
 def test_operations_of_xl_are_counted_and_not_guessed_from_its_weights(xl):

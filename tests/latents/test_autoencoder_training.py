@@ -9,6 +9,7 @@ import tiny_vae
 import torch
 from PIL import Image
 
+from smalti import streams
 from smalti.cli import main
 from smalti.data import SampleOrder, load_image_set, split
 from smalti.data.examples import PixelExamples
@@ -154,6 +155,25 @@ def test_the_divergence_is_that_of_normal_variables():
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0))
     mean, log_variance = torch.full((1, 2, 3, 3), 0.7), torch.full((1, 2, 3, 3), 2 * math.log(0.4))
     assert kl_divergence(mean, log_variance) == pytest.approx(float(expected))
+
+
+def test_a_step_weighs_three_losses_of_latents_drawn_by_seed_and_position():
+    config = replace(TINY, steps=100, edge_weight=0.7, kl_weight=0.3)
+    state, order = new_autoencoder(config, (32, 32), torch.device("cpu")), SampleOrder(range(10), config.seed)
+    examples, positions = PixelExamples(load_image_set("emoji32")), range(4, 8)
+    state.step = 1
+    x = examples.load(order, positions, flip=config.flip, seed=config.seed).x0
+    with torch.no_grad():
+        latent = state.network.encode(x).latent_dist
+        eps = torch.empty(latent.mean.shape)
+        for row, position in zip(eps, positions, strict=True):
+            row.normal_(generator=streams.generator(config.seed, streams.POSTERIOR, position))
+        again = state.network.decode(latent.mean + latent.std * eps).sample
+    report = next(autoencoder_steps(state, examples, order, config))
+    kl, edges, pixels = kl_divergence(latent.mean, latent.logvar), edge_distance(again, x), (again - x).abs().mean()
+    # Means of thousands of values after some tens of roundings of 2^-24 each.
+    assert report.loss == pytest.approx(float(pixels + 0.7 * edges + 0.3 * kl), rel=1e-5)
+    assert report.learning_rate == pytest.approx(config.learning_rate * 2 / 3)  # the second of two steps of warm-up
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_harmed():

@@ -23,7 +23,7 @@ from smalti.data.latent_set import LatentExamples, open_latents
 from smalti.data.open_examples import load_examples
 from smalti.data.order import Blocked
 from smalti.data.pixels import read_images
-from smalti.errors import CheckpointError, ConfigError, DataError
+from smalti.errors import CheckpointError, ConfigError, DataError, NumericError
 from smalti.latents import AutoencoderCodec, load_codec
 from smalti.workflows.encode import EncodeSettings, encode
 
@@ -154,6 +154,14 @@ def test_killed_again_and_again_and_done_by_two_processes_the_bytes_are_the_same
     both = [start(), start()]
     assert [process.wait(120) for process in both] == [0, 0]
     assert contents(out) == contents(whole)
+
+
+def test_latents_that_half_precision_does_not_hold_are_refused_and_not_stored(tmp_path):
+    vae, out = tiny_vae.saved(tmp_path / "vae", scaling_factor=1e6), tmp_path / "latents"
+    with pytest.raises(NumericError, match="latents of images 0 to 3 have values that float16 does not hold") as caught:
+        encode(settings(vae, out, limit=8, chunk_rows=4))
+    assert caught.value.exit_code == 70
+    assert not list(out.glob("chunk-*"))
 
 
 def test_a_chunk_that_was_deleted_is_made_again(vae, whole, tmp_path):
