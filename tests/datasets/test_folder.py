@@ -191,6 +191,27 @@ def test_links_outside_are_refused_and_loops_end(animals, tmp_path):
         load_image_set(animals)
 
 
+@pytest.mark.faults
+def test_a_neighbour_whose_name_begins_alike_is_outside(animals):
+    put(animals.with_name("animals of others") / "secret.png")
+    os.symlink(animals.with_name("animals of others") / "secret.png", animals / "cats" / "out.png")
+    with pytest.raises(DataError, match=r"1 of 13 files cannot be used \('cats/out.png': link that leads outside"):
+        load_image_set(animals)
+
+
+@pytest.mark.faults
+def test_where_nothing_else_is_there_broken_images_cannot_be_left_out(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 of 1 files cannot be used \('a.png': empty file"):
+        load_image_set(tmp_path, skip_unreadable=True)
+
+
+def test_latents_in_the_place_of_images_are_told(tmp_path):
+    (tmp_path / "latents.json").write_text("{}")
+    with pytest.raises(DataError, match="holds latents, made by `smalti encode` already; give a folder of images"):
+        load_image_set(tmp_path)
+
+
 def test_a_linked_root_is_fine(animals, tmp_path):
     os.symlink(animals, tmp_path / "link")
     assert load_image_set(tmp_path / "link").fingerprint == load_image_set(animals).fingerprint

@@ -5,6 +5,7 @@ import random
 import shutil
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -163,6 +164,15 @@ def test_a_damaged_index_is_not_believed_in_any_bit(animals, opened):
     assert len(opened) == 13, "all files are opened again"
     path.write_bytes(data)
     same(load_image_set(animals), fresh)
+
+
+def test_a_folder_has_one_index_by_whatever_path_it_is_reached(animals, monkeypatch):
+    os.symlink(animals, animals.with_name("link"))
+    assert index_path(animals.with_name("link")) == index_path(animals)
+    monkeypatch.chdir(animals.parent)
+    assert index_path(Path("animals")) == index_path(animals)
+    monkeypatch.chdir(animals)
+    assert index_path(Path("animals")) != index_path(animals)
 
 
 def test_an_index_of_another_version_is_not_read(animals):
