@@ -8,6 +8,7 @@ import pytest
 
 from smalti.checkpoints import CheckpointStore, Mirror
 from smalti.errors import CheckpointError, ConfigError, RunLockedError, StorageError
+from smalti.storage.sealed import seal, unseal
 
 CHANGES = ("makedirs", "put_file", "pipe_file", "rm_file", "rm")
 READS = ("find", "info", "cat_file", "open")
@@ -134,6 +135,8 @@ def test_an_upload_that_fails_at_any_call_leaves_a_whole_checkpoint_there(tmp_pa
         found, skipped = fetched(place, tmp_path / f"there {k}")
         assert faults.value_of(found) in ((10, 20) if failed else (20,)), k
         assert skipped == []
+        files = set(mirror(place)._files())  # also what is being removed is whole, or has no manifest any more
+        assert all((one.name, file) in files for one in mirror(place)._list() for file in one.manifest["files"]), k
         mirror(place).upload(path)  # the next try clears what the failed one left
         found, skipped = fetched(place, tmp_path / f"then {k}")
         assert (faults.value_of(found), skipped) == (20, [])
@@ -213,6 +216,42 @@ def test_a_damaged_file_there_is_told_and_the_older_checkpoint_fetched(tmp_path,
         remote.pipe_file(name, good)
 
 
+def test_too_little_room_for_what_is_fetched_is_told_before_the_first_byte(tmp_path, faults, url):
+    mirror(url).upload(save(tmp_path / "here", 10, faults))
+    fs = faults.FileSystem(tmp_path)
+    fs.free = 100
+    with pytest.raises(StorageError, match="does not fit"):
+        mirror(url).fetch_newest(tmp_path / "there", fs=fs)
+    assert "create" not in fs.names
+
+
+class Replacing:
+    """A file system in which somebody writes another manifest when the first file is read."""
+
+    def __init__(self, real, where, data):
+        self.real, self.where, self.data = real, where, data
+
+    def __getattr__(self, name):
+        if name == "open":
+            self.real.pipe_file(self.where, self.data)
+        return getattr(self.real, name)
+
+
+def test_a_manifest_that_leads_outside_or_changes_meanwhile_is_passed_over(tmp_path, faults, url):
+    there = mirror(url)
+    there.upload(save(tmp_path / "here", 10, faults))
+    remote, where = remote_of(url), there._path("step-0000000010/manifest.json")
+    manifest = unseal(remote.cat_file(where), where)
+    skipped = []
+    changed = Replacing(remote, where, seal(manifest | {"score": 0.5}))
+    assert mirror(url, remote=changed).fetch_newest(tmp_path / "a", on_skip=skipped.append) is None
+    record = manifest["files"]["state.json"]
+    remote.pipe_file(where, seal(manifest | {"files": {"../state.json": record} | manifest["files"]}))
+    assert mirror(url).fetch_newest(tmp_path / "b", on_skip=skipped.append) is None
+    assert ["was replaced while" in skipped[0], "which no checkpoint has" in skipped[1]] == [True, True]
+    assert not [path for place in ("a", "b") for path in (tmp_path / place).glob("*")]
+
+
 def test_a_disk_that_fails_while_fetching_is_told_and_leaves_nothing(tmp_path, faults, url):
     mirror(url).upload(save(tmp_path / "here", 10, faults))
     for k in range(1, 60):
@@ -224,6 +263,8 @@ def test_a_disk_that_fails_while_fetching_is_told_and_leaves_nothing(tmp_path, f
         found = CheckpointStore(folder).load_newest(pytest.fail)
         if failed is None:
             assert faults.value_of(found) == 10
+            disk = fs.after_power_cut(tmp_path / "after", "lost")
+            assert faults.value_of(CheckpointStore(disk / "run").load(10)) == 10
             break
         assert "No space left" in failed
         assert found is None or fs.names[k - 1] == "sync_folder"  # of the last name, after the rename
