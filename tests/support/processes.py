@@ -9,6 +9,7 @@ import faulthandler
 import importlib
 import itertools
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -130,10 +131,12 @@ class Crew:
     def _run(self, rank, port, work, log):
         code = 99
         try:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             with log.with_name(f"{log.name}-{rank}.txt").open("a") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            faulthandler.enable()
             where = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.size}
             where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in where.items()}
@@ -149,8 +152,8 @@ class Crew:
             os._exit(code)
 
     def wait(self, timeout=PATIENCE):
-        """Exit codes, negative = the signal that ended it; whoever is not done in time is killed."""
-        codes, end = {}, time.monotonic() + timeout
+        """Exit codes, negative = the signal that ended it; who is late says where it stands and is killed."""
+        codes, end, asked = {}, time.monotonic() + timeout, False
         while len(codes) < self.size:
             for rank, pid in enumerate(self.pids):
                 if rank not in codes:
@@ -158,6 +161,8 @@ class Crew:
                     if done:
                         codes[rank] = os.waitstatus_to_exitcode(status)
                     elif time.monotonic() > end:
-                        os.kill(pid, signal.SIGKILL)
+                        os.kill(pid, signal.SIGKILL if asked else signal.SIGABRT)
+            if time.monotonic() > end:
+                asked, end = True, time.monotonic() + 5
             time.sleep(0.005)
         return [codes[rank] for rank in range(self.size)]

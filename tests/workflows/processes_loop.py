@@ -4,7 +4,6 @@ Prints one JSON object per part that was asked for. The parent imports torch onc
 """
 
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -16,25 +15,30 @@ import time
 from pathlib import Path
 
 import torch
-from processes import Crew
+from processes import PATIENCE, Crew, begin, running, wait_until
 from stop_loop import log_of
 from tiny_runs import flags, write_set
 
 import smalti.workflows.train as workflow
 from smalti.checkpoints import CheckpointStore
 from smalti.cli import main
+from smalti.storage.tensors import tensors_digest
 from smalti.training import batches, loop
+from smalti.training.distributed import whole
 
-PATIENCE = 90.0
-SHORT = 4.0  # what `hung` waits for a process
+SHORT, LONG = 4.0, 30.0  # what `hung` waits for a process, and `killed` where it is not told of a death
 FAST = ("--batch-size", "10", "--optimizer.learning-rate", "0.001")
 
 
 class Watched(Crew):
-    """`smalti train` by several processes, each of which writes down its steps and the positions it trained on."""
+    """`smalti train` by several processes, each of which writes down its steps and the positions it trained on.
 
-    def __init__(self, root, name, size, arguments, prepare=lambda rank: None):
-        self.folder = root / f"{name}-seen"
+    At the end of the step `limit` all wait for the file `go`, should what is to happen to them be late.
+    """
+
+    def __init__(self, root, name, size, arguments, prepare=lambda rank: None, limit=None):
+        self.folder, self.limit = root / f"{name}-seen", limit
+        self.go = self.folder / "go"
         self.folder.mkdir(exist_ok=True)
         super().__init__(size, lambda rank: self._train(rank, arguments, prepare), root / name)
 
@@ -50,6 +54,8 @@ class Watched(Crew):
             for report in real(*args):
                 told.write(json.dumps({"step": report.step, "seen": seen, "skipped": report.skipped}) + "\n")
                 seen.clear()
+                while report.step == self.limit and not self.go.exists():
+                    time.sleep(0.002)
                 yield report
 
         batches.BatchSource.at = watch
@@ -64,9 +70,7 @@ class Watched(Crew):
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def wait_for_step(self, step):
-        end = time.monotonic() + PATIENCE
-        while not any(line["step"] >= step for line in self.steps()) and time.monotonic() < end:
-            time.sleep(0.005)
+        wait_until(lambda: any(line["step"] >= step for line in self.steps()), f"step {step}", self.pids)
 
 
 def samples(root, name, size):
@@ -132,28 +136,27 @@ def ladder(root, data):
     }
 
 
-def killed(root, data):
+def killed(root, data, strategy):
     """Two processes, one of them killed again and again; each time the other must notice, and the next start go on."""
-    found = {}
-    for strategy in ("ddp", "fsdp"):
-        rng, name = random.Random(3), f"killed-{strategy}"
-        base = (*FAST, "--steps", str(6 * KILLS + 6), "--parallel.strategy", strategy)
-        whole = Watched(root, f"whole-{strategy}", 2, flags(root / f"whole-{strategy}", data, *base)).wait(PATIENCE)
-        arguments, result = flags(root / name, data, *base), {"whole": whole, "codes": [], "seconds": [], "lines": []}
-        for k in range(KILLS):
-            crew, victim = Watched(root, f"{name}{k}", 2, arguments), k % 2
-            crew.wait_for_step(6 * k + rng.randint(1, 5))
-            time.sleep(rng.uniform(0, 0.05))
-            os.kill(crew.pids[victim], signal.SIGKILL)
-            begin = time.monotonic()
-            codes = crew.wait(PATIENCE)
-            result["seconds"].append(round(time.monotonic() - begin, 2))
-            result["codes"].append([codes[1 - victim], codes[victim]])
-            result["lines"].append(last_line(root, f"{name}{k}", 1 - victim))
-        result["end"] = Watched(root, f"{name}-end", 2, arguments).wait(PATIENCE)
-        result["same"] = whole_state(root / name) == whole_state(root / f"whole-{strategy}")
-        found[strategy] = result
-    return found
+    rng = random.Random(3)
+    base = (*FAST, "--steps", str(6 * KILLS + 6), "--parallel.strategy", strategy)
+    base += ("--parallel.timeout-minutes", str(LONG / 60))
+    whole = Watched(root, "whole", 2, flags(root / "whole", data, *base)).wait(PATIENCE)
+    arguments, result = flags(root / "killed", data, *base), {"whole": whole, "codes": [], "seconds": [], "lines": []}
+    for k in range(KILLS):
+        step, victim = 6 * k + rng.randint(1, 5), k % 2
+        crew = Watched(root, f"killed{k}", 2, arguments, limit=step + 1)
+        crew.wait_for_step(step)
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(crew.pids[victim], signal.SIGKILL)
+        killed_at = time.monotonic()
+        crew.go.touch()
+        codes = crew.wait(PATIENCE)
+        result["seconds"].append(round(time.monotonic() - killed_at, 2))
+        result["codes"].append([codes[1 - victim], codes[victim]])
+        result["lines"].append(last_line(root, f"killed{k}", 1 - victim))
+    result["end"] = Watched(root, "killed-end", 2, arguments).wait(PATIENCE)
+    return result | {"patience": LONG, "same": whole_state(root / "killed") == whole_state(root / "whole")}
 
 
 def whole_state(out):
@@ -169,9 +172,10 @@ def hung(root, data):
     crew = Watched(root, "hung", 2, arguments)
     crew.wait_for_step(3)
     os.kill(crew.pids[1], signal.SIGSTOP)
-    begin = time.monotonic()
+    stopped_at = time.monotonic()
+    wait_until(lambda: not running(crew.pids[0]), "the end of the other one", crew.pids[1:])
+    seconds = time.monotonic() - stopped_at
     _, status = os.waitpid(crew.pids[0], 0)
-    seconds = time.monotonic() - begin
     os.kill(crew.pids[1], signal.SIGKILL)
     os.waitpid(crew.pids[1], 0)
     return {
@@ -182,20 +186,33 @@ def hung(root, data):
 
 
 def not_finite(root, data):
-    """A loss that is not a number, on one process only."""
-
-    def spoil(rank):
-        real, calls = loop.training_losses, itertools.count()
-
-        def losses(*args, **kwargs):
-            result = real(*args, **kwargs)
-            return result._replace(loss=result.loss * math.nan) if next(calls) == 4 and rank == 1 else result
-
-        loop.training_losses = losses
-
+    """On one process only: a loss that is not a number and makes all gradients so; an infinite loss; a norm."""
     found = {}
     for strategy in ("ddp", "fsdp"):
         name = f"nan-{strategy}"
+
+        def spoil(rank, name=name):
+            losses, gradients, norm, step = loop.training_losses, loop._gradients, loop.whole, -1
+
+            def spoiled_losses(*args, **kwargs):
+                result = losses(*args, **kwargs)
+                return result._replace(loss=result.loss * math.nan) if step == 1 and rank == 1 else result
+
+            def spoiled_gradients(state, *args):
+                nonlocal step
+                step = state.step
+                if step == 5:
+                    tensors = {f"{k}.{n}": t for k, group in state._tensors().items() for n, t in group.items()}
+                    digest = tensors_digest({key: whole(tensor) for key, tensor in tensors.items()})
+                    (root / f"{name}-seen" / f"{rank}.sha256").write_text(digest)
+                loss = gradients(state, *args)
+                return math.inf if step == 2 and rank == 1 else loss
+
+            def spoiled_norm(tensor):
+                return norm(tensor) * (math.nan if step == 3 and rank == 1 else 1)
+
+            loop.training_losses, loop._gradients, loop.whole = spoiled_losses, spoiled_gradients, spoiled_norm
+
         arguments = flags(root / name, data, *FAST, "--parallel.strategy", strategy)
         crew = Watched(root, name, 2, arguments, spoil)
         _, tensors = (crew.wait(PATIENCE), weights(root / name)[1])
@@ -203,6 +220,7 @@ def not_finite(root, data):
             "skipped": [[line["step"] for line in crew.steps(rank) if line["skipped"]] for rank in (0, 1)],
             "kept": json.loads(next((root / name / "checkpoints").glob("*6/state.json")).read_text())["skipped"],
             "finite": all(tensor.isfinite().all().item() for tensor in tensors.values()),
+            "weights": [(root / f"{name}-seen" / f"{rank}.sha256").read_text() for rank in (0, 1)],
         }
     return found
 
@@ -243,10 +261,11 @@ def stopped(root, data):
     Watched(root, "unstopped", 3, flags(root / "unstopped", data, *base)).wait(PATIENCE)
     arguments, codes, last, first, said = flags(root / "stopped", data, *base), [], [], [], []
     for k, targets in enumerate(((1,), (0, 1, 2), (2,))):
-        crew = Watched(root, f"stopped{k}", 3, arguments)
+        crew = Watched(root, f"stopped{k}", 3, arguments, limit=5 * k + 5)
         crew.wait_for_step(5 * k + 2)
         for rank in targets:
             os.kill(crew.pids[rank], signal.SIGTERM)
+        crew.go.touch()
         codes += crew.wait(PATIENCE)
         steps = [[line["step"] for line in crew.steps(rank)] for rank in range(3)]
         last.append([s[-1] for s in steps])
@@ -265,8 +284,7 @@ def stopped(root, data):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for module in ("smalti.cli.train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"):
-        importlib.import_module(module)
+    begin("smalti.cli.train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
     root, part, KILLS = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    print(json.dumps({part: globals()[part](root, write_set(root / "data"))}), flush=True)
+    what, _, how = part.partition(" ")
+    print(json.dumps({part: globals()[what](root, write_set(root / "data"), *how.split())}), flush=True)
