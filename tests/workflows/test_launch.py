@@ -25,6 +25,8 @@ ODD = (
     'say "$(touch pwned)" `x` \\ $HOME\nline: 2 # no',
 )
 
+PATIENCE = 60.0  # seconds for what takes a tenth of one
+
 # In place of `python -m torch.distributed.run`: does what the next line of the file `plan` says.
 TORCHRUN = r"""#!/usr/bin/env bash
 printf '%s\0' "$@" > "$HERE/arguments"
@@ -41,7 +43,7 @@ case "$what" in
     trap 'echo 75 > "$codes/0.code"; exit 1' TERM
     echo > "$HERE/waiting"
     while :; do sleep 0.01; done ;;
-  leave) sleep 60 & echo $! | tee "$HERE/left" > "$codes/0.pid"; exit 1 ;;
+  leave) sleep 120 & echo $! | tee "$HERE/left" > "$codes/0.pid"; exit 1 ;;
 esac
 exit 137
 """
@@ -110,7 +112,7 @@ def stand(tmp_path, monkeypatch):
 
         def run(self, *plan, **changes):
             process = self.start(*plan, **changes)
-            self.said = process.communicate(timeout=30)[1]
+            self.said = process.communicate(timeout=PATIENCE)[1]
             return process.returncode
 
         @property
@@ -122,7 +124,7 @@ def stand(tmp_path, monkeypatch):
             return (tmp_path / "arguments").read_text().split("\0")[:-1]
 
         def wait_for(self, name):
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + PATIENCE
             while not (tmp_path / name).exists():
                 assert time.monotonic() < deadline, f"no {name}"
                 time.sleep(0.01)
@@ -213,7 +215,7 @@ def test_the_pause_doubles_up_to_32_times_and_a_signal_ends_it(stand):
     said = process.stderr.readline()
     assert "again in 3600 s" in said
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     text = launch_file(request())
     shown = next(line for line in text.splitlines() if "delay=" in line).strip()
@@ -229,7 +231,7 @@ def test_a_signal_is_passed_on_and_what_it_saved_is_continued(number, stand):
     process = stand.start("wait")
     stand.wait_for("waiting")
     process.send_signal(number)
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     assert stand.starts == 1
     assert stand.run("finish") == 0
@@ -238,7 +240,7 @@ def test_a_signal_is_passed_on_and_what_it_saved_is_continued(number, stand):
 def test_processes_that_a_killed_torchrun_left_behind_are_ended(stand):
     assert stand.run("leave", "finish") == 0
     left = int((stand.here / "left").read_text())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE  # by itself it would be gone after twice that
     while time.monotonic() < deadline:
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(left)], capture_output=True, text=True).stdout
         if not state.strip() or state.startswith("Z"):
@@ -303,7 +305,7 @@ def test_slurm_queues_the_job_again_when_time_is_over_and_leaves_it_to_slurm_whe
     process = stand.start("wait", emit="slurm")
     stand.wait_for("waiting")
     process.send_signal(number)
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     assert (stand.here / "said-scontrol").exists() == queued
     assert not queued or (stand.here / "said-scontrol").read_text() == "requeue 7\n"
