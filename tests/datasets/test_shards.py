@@ -21,7 +21,7 @@ from smalti.data.changed import ChangedFileError
 from smalti.data.index_file import PackedNames, index_bytes, parse_index
 from smalti.data.order import BlockOrder, training_order
 from smalti.data.shard_index import index_shard, stored
-from smalti.data.shard_place import expand_braces, find_shards
+from smalti.data.shard_place import expand_braces, find_shards, is_shards
 from smalti.data.shards import BESIDE, index_path, index_shards, load_shards
 from smalti.data.tar_file import DamagedTarError, walk_members
 from smalti.errors import ConfigError, DataError, SmaltiError
@@ -128,6 +128,15 @@ def test_braces_are_spelled_out_as_a_shell_does():
     for wrong in ("{0..9999999}", "{5..1}", "{0..999}{0..9999}"):
         with pytest.raises(DataError, match="shards; expected 1 to"):
             expand_braces(wrong)
+
+
+def test_each_shard_counts_once_in_order_of_name_and_hidden_ones_and_class_folders_are_none(shards):
+    names = ("train-000000.tar", "train-000001.tar")
+    assert find_shards(f"{shards}/train-{{000001,000000,000001}}.tar")[1] == names
+    (shards / ".train-000002.tar").touch()
+    assert find_shards(shards)[1] == names
+    (shards / "cats").mkdir()
+    assert not is_shards(shards)
 
 
 def test_a_folder_of_images_with_a_forgotten_archive_stays_a_folder_of_images(tmp_path):
