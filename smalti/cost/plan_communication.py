@@ -56,7 +56,7 @@ def communication(network: nn.Module, request: PlanRequest, device: DeviceKind) 
             between += round(across)
         else:  # several copies in one node: their rings go through both
             more_inside, more_between = _ring(across, copies, per_node // shards)
-            inside, between = inside + more_inside, between + (more_between if request.nodes > 1 else 0)
+            inside, between = inside + more_inside, between + more_between
     return _timed(inside, between, device)
 
 

@@ -287,3 +287,11 @@ def test_a_plan_is_plain_data():
     assert told["request"]["network"]["kind"] == "dit"
     assert told["fit"]["verdict"] == "yes"
     assert len(told["paces"]) == 3
+
+
+def test_what_a_process_copies_before_a_save_is_its_own_part():
+    whole = ask(network=XL, strategy="ddp", gpus_per_node=8)
+    parts = dataclasses.replace(whole, strategy="fsdp")
+    found = [plans._stored({"model": 8 * 10**9}, request) for request in (whole, parts)]
+    assert found[0].copy_seconds == 8e9 / (whole.copy_gb_per_second * 1e9) == pytest.approx(8 * found[1].copy_seconds)
+    assert found[0].write_seconds == found[1].write_seconds
