@@ -59,11 +59,11 @@ class PackedNames(MadeNames):
         start = int(self.ends[index - 1]) if index else 0
         return str(self.text[start : int(self.ends[index])], "utf-8", "surrogateescape")
 
-    def __iter__(self) -> Iterator[str]:
+    def spelled(self) -> Iterator[bytes | memoryview]:
         start = 0
         for first in range(0, len(self.ends), _AT_ONCE):
             for end in self.ends[first : first + _AT_ONCE].tolist():
-                yield str(self.text[start:end], "utf-8", "surrogateescape")
+                yield self.text[start:end]
                 start = end
 
     def __reduce__(self) -> tuple[Any, ...]:

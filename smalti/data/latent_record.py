@@ -9,6 +9,7 @@ A latent set is a folder with
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -194,42 +195,15 @@ def index_tensors(images: Catalogue, count: int, checksums: Tensor) -> dict[str,
         checksums: CRC-32 of each posterior's bytes, int64 (count, views).
     """
     labels = images.class_labels[:count] if images.class_names else np.empty(0, dtype=np.int64)
-    items, splits = images.item_names[:count], images.split_names[:count]
     tensors = {"class_labels": torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)), "crc32": checksums}
-    tensors |= _packed_names("item_names", items)
-    return tensors | ({} if items == splits else _packed_names("split_names", splits))
+    items, splits = (_packed_names(names, count) for names in (images.item_names, images.split_names))
+    for column, names in (("item_names", items), ("split_names", splits)):
+        if column == "item_names" or not all(map(torch.equal, items, splits)):
+            tensors[f"{column}.bytes"], tensors[f"{column}.ends"] = names
+    return tensors
 
 
-def impossible_index(tensors: dict[str, Tensor], record: LatentRecord) -> str:
-    """Why this is not the content of `index.safetensors` of these latents, or ""."""
-    count, classes = record.identity.count, len(record.class_names)
-    wanted = {"class_labels": (count if classes else 0,), "crc32": (count, record.identity.views)}
-    columns = ["item_names", *(["split_names"] if "split_names.ends" in tensors else [])]
-    wanted |= {f"{column}.ends": (count,) for column in columns}
-    for name, shape in wanted.items():
-        if name not in tensors or tensors[name].dtype != torch.int64 or tuple(tensors[name].shape) != shape:
-            return f"{name} is no table of {shape} whole numbers"
-    labels, checksums = tensors["class_labels"], tensors["crc32"]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        return f"labels from {int(labels.min())} to {int(labels.max())} of {classes} classes"
-    if not 0 <= int(checksums.min()) <= int(checksums.max()) < 1 << 32:
-        return "checksums of more than 32 bits"
-    for column in columns:
-        text, ends = tensors.get(f"{column}.bytes"), tensors[f"{column}.ends"]
-        if text is None or text.dtype != torch.uint8 or text.ndim != 1:
-            return f"{column} have no letters"
-        if int(ends[0]) < 0 or bool((ends[1:] < ends[:-1]).any()) or int(ends[-1]) != len(text):
-            return f"{column} end where there are none"
-    return ""
-
-
-def _packed_names(column: str, names: Sequence[str]) -> dict[str, Tensor]:
-    """Texts as one array of bytes and where each of them ends."""
-    packed = PackedNames.of(names)
-    flat = np.frombuffer(packed.text, dtype=np.uint8).copy()
-    return {f"{column}.bytes": torch.from_numpy(flat), f"{column}.ends": torch.from_numpy(packed.ends)}
-
-
-def names_of(column: str, index: dict[str, Tensor]) -> PackedNames:
-    """A column of names of `index.safetensors`."""
-    return PackedNames(index[f"{column}.bytes"].numpy().tobytes(), index[f"{column}.ends"].numpy())
+def _packed_names(names: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
+    """The first names as one array of bytes, and where each of them ends."""
+    packed = PackedNames.of(itertools.islice(names, count))
+    return torch.from_numpy(np.frombuffer(packed.text, dtype=np.uint8).copy()), torch.from_numpy(packed.ends)

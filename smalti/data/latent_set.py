@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from smalti.data.examples import ExampleBatch
 from smalti.data.image_set import Catalogue
-from smalti.data.latent_record import INDEX, RECORD, LatentRecord, chunk_name, impossible_index, names_of, read_record
+from smalti.data.latent_index import LatentIndex, read_index
+from smalti.data.latent_record import RECORD, LatentRecord, chunk_name, read_record
 from smalti.data.order import Order
 from smalti.errors import ConfigError, DataError
 from smalti.latents import CodecFacts
@@ -65,22 +64,13 @@ def open_latents(place: str | Path) -> "LatentSet":
                         ) from error  # fmt: skip
     if record.index is None:
         raise DataError(f"{store.place} is not finished; run the `smalti encode` command that began it again")
-    data = store.read(INDEX) if store.size(INDEX) == record.index.bytes else b""
-    if len(data) != record.index.bytes or hashlib.sha256(data).hexdigest() != record.index.sha256:
-        raise DataError(f"{store.place}/{INDEX} is damaged: its size or sha256 is not the one in {RECORD}")
-    try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise DataError(f"{store.place}/{INDEX} is damaged: {error}") from error
-    if impossible := impossible_index(tensors, record):
-        raise DataError(f"{store.place}/{INDEX} does not fit {RECORD}: {impossible}; encode them again")
-    return LatentSet(store, record, tensors)
+    return LatentSet(store, record, read_index(store, record))
 
 
 class LatentSet:
     """A catalogue of latents; see `open_latents`. May be used from several threads, and pickled."""
 
-    def __init__(self, store: ByteStore, record: LatentRecord, index: dict[str, Tensor]) -> None:
+    def __init__(self, store: ByteStore, record: LatentRecord, index: LatentIndex) -> None:
         self.store, self.record, self._index = store, record, index
         self._forget()
 
@@ -99,17 +89,17 @@ class LatentSet:
     def class_names(self) -> tuple[str, ...]:
         return self.record.class_names
 
-    @cached_property
+    @property
     def class_labels(self) -> np.ndarray:
-        return self._index["class_labels"].numpy()
+        return self._index.class_labels
 
-    @cached_property
+    @property
     def item_names(self) -> Sequence[str]:
-        return names_of("item_names", self._index)
+        return self._index.item_names
 
-    @cached_property
+    @property
     def split_names(self) -> Sequence[str]:
-        return names_of("split_names", self._index) if "split_names.ends" in self._index else self.item_names
+        return self._index.split_names
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,7 +166,7 @@ class LatentSet:
         window = self._window(chunk, first, min(first + self._window_rows, len(identity.rows(chunk))))
         start = (row - first) * identity.row_bytes + view * identity.view_bytes
         found = window[start : start + identity.view_bytes]
-        if zlib.crc32(found) != int(self._index["crc32"][index, view]):
+        if zlib.crc32(found) != int(self._index.crc32[index, view]):
             self._forget()
             raise self._damaged(chunk, f"example {index} is not as it was written")
         return np.frombuffer(found, dtype=np.uint8)

@@ -1,7 +1,7 @@
 """Millions of names as a sequence that makes each when it is asked for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 
@@ -11,6 +11,10 @@ class MadeNames(Sequence[str], ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """The name at an index of `range(len(self))`."""
+
+    @abstractmethod
+    def spelled(self) -> Iterator[bytes | memoryview]:
+        """The bytes of each name, as `os.fsencode` spells it in UTF-8."""
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -22,3 +26,6 @@ class MadeNames(Sequence[str], ABC):
         if isinstance(index, slice):
             return [self.name(i) for i in range(len(self))[index]]
         return self.name(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(name, "utf-8", "surrogateescape") for name in self.spelled())

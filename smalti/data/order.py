@@ -1,12 +1,12 @@
 """Which image comes when, and which images training never sees: pure functions of a seed, with no state to save."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from smalti.data.grouping import grouped, text_digests
+from smalti.data.grouping import equal_rows, in_parts, text_digests
 from smalti.data.image_set import Catalogue
 from smalti.errors import ConfigError, DataError
 from smalti.streams import ORDER, SPLIT, key, permute, splitmix64
@@ -40,18 +40,24 @@ def split(image_set: Catalogue, validation_fraction: float, seed: int, *, allow_
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation fraction {validation_fraction} is outside [0, 1)")
     names = image_set.split_names
-    digests = text_digests(names, len(names))
-    group_of, first = grouped(digests)
-    count = round(validation_fraction * len(first))
-    if count == len(first) or (validation_fraction > 0 and count == 0):
+    parts = in_parts(text_digests(names, len(names)))
+    again, first = equal_rows(parts)
+    ranks = np.concatenate([np.zeros(0, np.uint64), *(_ranks(part[:, 0], seed) for part in parts)])
+    del parts
+    different = len(ranks) - len(again)
+    count = round(validation_fraction * different)
+    if count == different or (validation_fraction > 0 and count == 0):
         raise DataError(
-            f"{image_set.name}: a validation fraction of {validation_fraction} sets {count} of {len(first)} names "
+            f"{image_set.name}: a validation fraction of {validation_fraction} sets {count} of {different} names "
             f"aside; choose another fraction or add images"
         )
-    is_held_out = _first_by_rank(digests[first, 0], lambda group: names[int(first[group])], count, seed)[group_of]
+    is_held_out = _first_by_rank(ranks, again, names, count)
+    is_held_out[again] = is_held_out[first]
     train, validation = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if image_set.class_names and not allow_empty:
-        unseen = np.setdiff1d(image_set.class_labels[validation], image_set.class_labels[train]).tolist()
+        classes = len(image_set.class_names)
+        held = np.bincount(image_set.class_labels[validation], minlength=classes)
+        unseen = np.flatnonzero((held > 0) & (held == np.bincount(image_set.class_labels, minlength=classes))).tolist()
         if unseen:
             shown = ", ".join(repr(image_set.class_names[label]) for label in unseen[:5])
             raise DataError(
@@ -61,22 +67,32 @@ def split(image_set: Catalogue, validation_fraction: float, seed: int, *, allow_
     return Split(train=train, validation=validation)
 
 
-def _first_by_rank(digests: np.ndarray, name_of: Callable[[int], str], count: int, seed: int) -> np.ndarray:
-    """Which names are the first `count` when sorted by (key(seed, SPLIT, id of the name), name).
+def _ranks(digests: np.ndarray, seed: int) -> np.ndarray:
+    """`key(seed, SPLIT, id of the name)` for many names at once; Python's integers take minutes for millions.
 
     Args:
         digests: the first 8 bytes of the SHA-256 of each name.
     """
-    chosen = np.zeros(len(digests), dtype=bool)
+    state = splitmix64(splitmix64(splitmix64(seed & _MASK)) ^ splitmix64(SPLIT))
+    return splitmix64_of(np.uint64(splitmix64(state)) ^ splitmix64_of(digests))
+
+
+def _first_by_rank(ranks: np.ndarray, again: np.ndarray, names: Sequence[str], count: int) -> np.ndarray:
+    """Which are the first `count` names when sorted by (rank, name).
+
+    Args:
+        again: those that come earlier already, and are not counted.
+    """
+    chosen = np.zeros(len(ranks), dtype=bool)
     if count == 0:
         return chosen
-    # `key` for all names at once; Python's integers take minutes for the millions of a large set.
-    state = splitmix64(splitmix64(splitmix64(seed & _MASK)) ^ splitmix64(SPLIT))
-    keys = splitmix64_of(np.uint64(splitmix64(state)) ^ splitmix64_of(digests))
-    cut = np.partition(keys, count - 1)[count - 1]
-    chosen[keys < cut] = True
-    at_the_cut = sorted(np.flatnonzero(keys == cut).tolist(), key=name_of)
-    chosen[at_the_cut[: count - int(chosen.sum())]] = True
+    different = np.delete(ranks, again)
+    different.partition(count - 1)
+    cut = different[count - 1]
+    missing = count - int((different < cut).sum())
+    chosen[ranks < cut] = True
+    at_the_cut = np.setdiff1d(np.flatnonzero(ranks == cut), again).tolist()
+    chosen[sorted(at_the_cut, key=lambda place: names[place])[:missing]] = True
     return chosen
 
 
@@ -207,11 +223,14 @@ class SampleOrder:
         if class_balanced:
             if class_labels is None or not len(class_labels):
                 raise ConfigError("class-balanced order was asked for, but the image set has no classes; turn it off")
-            labels = np.asarray(class_labels)[self._indices]
             # One sort for all classes: a look at all labels for each class takes minutes for the 21,841 of ImageNet.
+            # Of two bytes it is one of counting.
+            labels = np.asarray(class_labels)
+            labels = labels.astype(np.min_scalar_type(int(labels.max())))[self._indices]
             by_label = np.argsort(labels, kind="stable")
-            borders = np.flatnonzero(np.diff(labels[by_label])) + 1
-            self._classes = np.split(self._indices[by_label], borders)
+            labels, members = labels[by_label], self._indices[by_label]
+            del by_label
+            self._classes = np.split(members, np.flatnonzero(labels[1:] != labels[:-1]) + 1)
 
     def __len__(self) -> int:
         """Samples per epoch: the number of training images."""
@@ -265,7 +284,7 @@ class BlockOrder:
             raise ConfigError(f"data.shuffle_window must be at least 1, got {window}")
         if not len(self._indices):
             raise DataError("no training image to draw from; give a smaller validation fraction or more images")
-        if np.any(np.diff(self._indices) <= 0):
+        if np.any(self._indices[1:] <= self._indices[:-1]):
             raise ValueError("the training images of an order of blocks must rise")
         first = np.searchsorted(self._indices, block_starts)
         sizes = np.diff(np.append(first, len(self._indices)))

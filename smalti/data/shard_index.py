@@ -11,13 +11,15 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from smalti.data.decoding import UnusableImageError, decode, looks_like_image
 from smalti.data.folder_pass import IMAGE_SUFFIXES, RejectedFile
 from smalti.data.index_file import PackedNames, StoredIndex
+from smalti.data.shard_names import KeyNames, key_of
 from smalti.data.tar_file import Member, walk_members
 from smalti.storage.objects import ByteStore
 
@@ -34,8 +36,9 @@ class ShardIndex:
 
     Attributes:
         version: of the file that was looked at, as its store tells it.
-        paths: of the images' members; `keys` of their examples.
+        paths: of the images' members; `keys` of their examples, which are beginnings of the paths.
         offset, size: where an image's bytes lie in the shard; `crc` is their CRC-32, `digest` half of their SHA-256.
+            Not to be added to each other as they are: see `compact`.
         image_size: (N, 2) rows and columns, upright.
         source: where each label comes from: a number, a name, or the folder.
         label: the number, or the place in `label_names`; -1 where there is no folder.
@@ -46,7 +49,7 @@ class ShardIndex:
     version: str
     bytes: int
     paths: PackedNames
-    keys: PackedNames
+    keys: PackedNames | KeyNames
     offset: np.ndarray
     size: np.ndarray
     crc: np.ndarray
@@ -87,8 +90,36 @@ def stored(index: ShardIndex) -> StoredIndex:
         "notes": index.notes,
         "rejected": [(r.path, r.reason, r.other) for r in index.rejected],
     }
-    columns = {name: getattr(index, name) for name in _COLUMNS}
-    return StoredIndex(facts, columns, {"paths": index.paths, "keys": index.keys})
+    columns = {name: _widened(getattr(index, name), np.dtype(kind)) for name, (_, kind) in _COLUMNS.items()}
+    keys = index.keys if isinstance(index.keys, PackedNames) else PackedNames.of(index.keys)
+    paths = PackedNames(index.paths.text, _widened(index.paths.ends, np.dtype(np.int64)))
+    return StoredIndex(facts, columns, {"paths": paths, "keys": keys})
+
+
+def compact(index: ShardIndex) -> ShardIndex:
+    """The same index in as little memory as its numbers need: millions of rows stay there as long as a run takes.
+
+    Columns get the narrowest of a few types, those that say the same of each row become a view of one row, and keys
+    one of the paths.
+    """
+    columns: dict[str, Any] = {name: _narrowed(getattr(index, name)) for name in _COLUMNS}
+    paths = PackedNames(bytes(index.paths.text), _narrowed(index.paths.ends))
+    return replace(index, paths=paths, keys=KeyNames(paths), **columns)
+
+
+def _narrowed(column: np.ndarray) -> np.ndarray:
+    if not column.size:
+        return column.copy()
+    if (column == column[0]).all():
+        return np.broadcast_to(column[0].copy(), column.shape)
+    low, high = int(column.min()), int(column.max())
+    fits = (kind for kind in (np.uint16, np.uint32) if low >= 0 and high <= np.iinfo(kind).max)
+    return column.astype(next(fits, column.dtype))
+
+
+def _widened(column: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """A column as it goes into a file; left as it is where that would lose something."""
+    return column.astype(kind) if np.can_cast(column.dtype, kind, "safe") else column
 
 
 def restored(found: StoredIndex, shard: str) -> ShardIndex | None:
@@ -111,7 +142,9 @@ def _is_possible(index: ShardIndex) -> bool:
                  for name, (row, kind) in _COLUMNS.items())  # fmt: skip
     texts = (index.version, *index.label_names, *(t for r in index.rejected for t in (r.path, r.reason)))
     texts += tuple(t for row in (*index.notes,) for t in row) + tuple(kind for kind, _ in index.kinds)
-    if not shaped or len(index.keys) != count or not all(isinstance(text, str) for text in texts):
+    if not shaped or not all(isinstance(text, str) for text in texts):
+        return False
+    if not isinstance(index.keys, PackedNames) or not KeyNames(index.paths).are(index.keys):
         return False
     if not all(type(number) is int for number in (index.bytes, *(count for _, count in index.kinds))):
         return False
@@ -190,13 +223,6 @@ def index_shard(store: ByteStore, shard: str) -> ShardIndex:
             rejected.append(RejectedFile(first, str(error)))
     rejected.sort(key=lambda r: r.path)
     return table.index(shard, version, size, tuple(notes), tuple(rejected))
-
-
-def key_of(path: str) -> tuple[str, str]:
-    """(key, rest): the path up to the first dot of the file name, and what follows that dot."""
-    folder, slash, file = path.rpartition("/")
-    key, _, rest = file.partition(".")
-    return folder + slash + key, rest
 
 
 def _sort_in(

@@ -12,10 +12,11 @@ import sys
 import urllib.parse
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,13 @@ from smalti.data.changed import Tally
 from smalti.data.decoding import UnusableImageError, centre_crop, decode
 from smalti.data.folder import CACHE_BYTES, refuse_unusable
 from smalti.data.folder_pass import RejectedFile, refuse_case_twins
-from smalti.data.grouping import grouped, text_digests
+from smalti.data.grouping import equal_rows, in_parts, is_among
 from smalti.data.image_set import merge_twins
-from smalti.data.index_file import PackedNames, cache_folder, parse_index, read_index, write_index
-from smalti.data.made_names import MadeNames
+from smalti.data.index_file import cache_folder, parse_index, read_index, write_index
 from smalti.data.read_ahead import ReadAhead
-from smalti.data.shard_index import FOLDER, NAME, NUMBER, ShardIndex, index_shard, key_of, restored, stored
+from smalti.data.shard_index import FOLDER, NAME, NUMBER, ShardIndex, compact, index_shard, restored, stored
 from smalti.data.shard_manifest import check_manifest
+from smalti.data.shard_names import KeyNames, ShardNames, SplitNames, key_of, starts_of
 from smalti.data.shard_place import find_shards, names_all
 from smalti.errors import DataError, SmaltiError, StorageError
 from smalti.storage.objects import ByteStore, LocalStore, MissingObjectError
@@ -41,24 +42,6 @@ _SHOWN = 5
 _SOURCES = {NUMBER: "a number", NAME: "a name", FOLDER: "the folder in their path"}
 
 
-class ShardNames(MadeNames):
-    """`SHARD:PATH` of each image, made when asked for."""
-
-    def __init__(self, shards: Sequence[ShardIndex], starts: Sequence[int]) -> None:
-        self._shards, self._starts = shards, starts
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def name(self, index: int) -> str:
-        number = bisect.bisect_right(self._starts, index) - 1
-        shard = self._shards[number]
-        return f"{shard.shard}:{shard.paths[index - self._starts[number]]}"
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{shard.shard}:{path}" for shard in self._shards for path in shard.paths)
-
-
 @dataclass(frozen=True, eq=False)
 class ShardImages:
     """An `ImageSet` of tar shards. Below `CACHE_BYTES` its pixels stay in memory once they were read.
@@ -67,6 +50,7 @@ class ShardImages:
         block_starts: first image of each block of neighbours of one shard.
         block_spans: int64 (blocks, 2): where in its shard each block begins and ends.
         wants_blocks: whether the shards lie in a store far away. Then blocks are what is fetched at once.
+        shards: their indices, without the digests: those are needed for the fingerprint and to find twins only.
     """
 
     name: str
@@ -152,16 +136,18 @@ def load_shards(
     class_names, class_labels = classes(where, shards)
     _refuse_empty(where, class_names, class_labels, allow_empty)
     size = image_size or _common_size(where, shards)
-    starts = tuple(int(n) for n in np.cumsum([0, *map(len, shards)]))
+    starts = starts_of(shards)
     block_starts, block_spans = _blocks(shards, starts)
+    split_names, fingerprint = _split_names(shards), _fingerprint(shards, class_names, class_labels, size)
+    shards = tuple(replace(shard, digest=np.empty((0, 2), np.uint64)) for shard in shards)
     return ShardImages(
         name=urllib.parse.urlsplit(where).path.rstrip("/").rpartition("/")[2] or where,
         image_size=size,
         class_names=class_names,
         class_labels=class_labels,
-        item_names=ShardNames(shards, starts),
-        split_names=_split_names(shards),
-        fingerprint=_fingerprint(shards, class_names, class_labels, size),
+        item_names=_item_names(shards),
+        split_names=split_names,
+        fingerprint=fingerprint,
         block_starts=block_starts,
         block_spans=block_spans,
         wants_blocks=not isinstance(store, LocalStore),
@@ -205,7 +191,7 @@ def index_shards(
                 found[name] = index
     missing = [name for name in names if name not in found]
     for done, (name, index) in enumerate(_passes(store, missing, processes), start=1):
-        found[name] = index
+        found[name] = compact(index)
         if progress:
             progress(len(names) - len(missing) + done, len(names))
     shards = tuple(found[name] for name in names)
@@ -228,7 +214,7 @@ def _known(store: ByteStore, name: str) -> ShardIndex | None:
     kept = read_index(index_path(store, name))
     index = restored(kept, name) if kept else None
     if index is not None:
-        return index if index.version == store.version(name) else None
+        return compact(index) if index.version == store.version(name) else None
     try:
         beside = parse_index(store.read(f"{BESIDE}/{name}.index"))
     except (MissingObjectError, StorageError):
@@ -236,7 +222,7 @@ def _known(store: ByteStore, name: str) -> ShardIndex | None:
         return None
     index = restored(beside, name) if beside else None
     # Copied with its shard, whose time is another now; what is read later must still have its checksum.
-    return index if index is not None and index.bytes == store.size(name) else None
+    return compact(index) if index is not None and index.bytes == store.size(name) else None
 
 
 def _passes(store: ByteStore, names: Sequence[str], processes: int | None) -> Iterator[tuple[str, ShardIndex]]:
@@ -277,22 +263,25 @@ def classes(where: str, shards: Sequence[ShardIndex]) -> tuple[tuple[str, ...], 
     Raises:
         DataError: labels of several kinds, images without one among others, or names that differ by case.
     """
-    source = np.concatenate([shard.source for shard in shards])
-    label = np.concatenate([shard.label for shard in shards]).astype(np.int64)
-    kinds = np.where(label < 0, -1, source)
-    present, first, counts = np.unique(kinds, return_index=True, return_counts=True)
-    if len(present) > 1:
-        starts = tuple(int(n) for n in np.cumsum([0, *map(len, shards)]))
-        rare = int(counts.argmin())
-        usual = _SOURCES.get(int(present[counts.argmax()]), "none")
-        what = "no label" if present[rare] < 0 else f"their label from {_SOURCES[int(present[rare])]}"
+    counts, first = Counter[int](), dict[int, int]()
+    for shard, start in zip(shards, starts_of(shards), strict=False):
+        kinds = np.where(shard.label < 0, -1, shard.source.astype(np.int64))
+        for kind in np.flatnonzero(np.bincount(kinds + 1)).tolist():
+            is_kind = kinds == kind - 1
+            counts[kind - 1] += int(is_kind.sum())
+            first.setdefault(kind - 1, start + int(is_kind.argmax()))
+    if len(counts) > 1:
+        rare = min(sorted(counts), key=counts.__getitem__)
+        usual = _SOURCES.get(max(sorted(counts), key=counts.__getitem__), "none")
+        what = "no label" if rare < 0 else f"their label from {_SOURCES[rare]}"
         raise DataError(
-            f"{where}: {counts[rare]} of {len(kinds)} images have {what}, such as "
-            f"{ShardNames(shards, starts)[int(first[rare])]!r}, where the others have {usual}; all need the same kind"
+            f"{where}: {counts[rare]} of {counts.total()} images have {what}, such as "
+            f"{_item_names(shards)[first[rare]]!r}, where the others have {usual}; all need the same kind"
         )
-    if not len(present) or present[0] < 0:
+    if not counts or -1 in counts:
         return (), np.zeros(0, np.int64)
-    if present[0] == NUMBER:
+    label = np.concatenate([shard.label for shard in shards], dtype=np.int64)
+    if NUMBER in counts:
         return tuple(str(number) for number in range(int(label.max()) + 1)), label
     names = sorted({name for shard in shards for name in shard.label_names})
     refuse_case_twins(where, names)
@@ -339,11 +328,12 @@ def _blocks(shards: Sequence[ShardIndex], starts: Sequence[int]) -> tuple[np.nda
     for shard, start in zip(shards, starts, strict=False):
         if not len(shard):
             continue
-        part = np.maximum.accumulate(shard.offset) // BLOCK_BYTES
+        offset = shard.offset.astype(np.int64)
+        part = np.maximum.accumulate(offset) // BLOCK_BYTES
         new = (np.diff(part, prepend=-1) != 0) | (np.arange(len(shard)) % BLOCK == 0)
         first = np.flatnonzero(new)
-        low = np.minimum.reduceat(shard.offset, first)
-        high = np.maximum.reduceat(shard.offset + shard.size, first)
+        low = np.minimum.reduceat(offset, first)
+        high = np.maximum.reduceat(offset + shard.size, first)
         firsts.append(start + first)
         spans.append(np.stack([low, high], axis=1))
     return np.concatenate(firsts), np.concatenate(spans)
@@ -362,34 +352,47 @@ def _common_size(where: str, shards: Sequence[ShardIndex]) -> tuple[int, int]:
 
 def image_sizes(shards: Sequence[ShardIndex]) -> list[tuple[int, int]]:
     """Each (rows, columns) that occurs, rising."""
-    # Two numbers as one: rows of a table are sorted a hundred times slower.
-    sizes = np.concatenate([shard.image_size for shard in shards]).astype(np.int64)
-    return [(int(both >> 32), int(both & 0xFFFFFFFF)) for both in np.unique((sizes[:, 0] << 32) | sizes[:, 1])]
+    found = set[int]()
+    for shard in shards:
+        # Two numbers as one: rows of a table are sorted a hundred times slower.
+        sizes = shard.image_size.astype(np.int64)
+        found.update(np.unique((sizes[:, 0] << 32) | sizes[:, 1]).tolist())
+    return [(both >> 32, both & 0xFFFFFFFF) for both in sorted(found)]
 
 
-def _split_names(shards: Sequence[ShardIndex]) -> Sequence[str]:
+def _item_names(shards: Sequence[ShardIndex]) -> ShardNames:
+    return ShardNames([shard.shard for shard in shards], [shard.paths for shard in shards])
+
+
+def _split_names(shards: Sequence[ShardIndex]) -> SplitNames:
     """The key of each image; images of equal bytes share one."""
-    keys = PackedNames.joined([shard.keys for shard in shards])
-    digests = np.concatenate([shard.digest for shard in shards])
-    content, first = grouped(digests)
-    if len(first) == len(keys):
-        return keys
-    # Numbers in the place of names and contents. Images without a twin still share a name with one, where a key comes
-    # in several shards.
-    named, _ = grouped(text_digests(keys, len(keys)))
-    twins = np.bincount(content)[content] > 1
-    places = np.flatnonzero(np.isin(named, named[twins]))
-    merged = merge_twins([keys[i] for i in places.tolist()], content[places].tolist())
-    renamed = dict(zip(places.tolist(), merged, strict=True))
-    return PackedNames.of(renamed.get(place, name) for place, name in enumerate(keys))
+    keys = [KeyNames(shard.paths) for shard in shards]
+    own = SplitNames(keys, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    later, first = equal_rows([shard.digest for shard in shards])
+    if not len(later):
+        return own
+    # Images without a twin still share a name with one, where a key comes in several shards. All that may have the name
+    # of a twin are looked at as texts, and no others: of those, only a hash.
+    hashes = np.empty(len(own), np.uint64)
+    for start, part in zip(starts_of(keys), keys, strict=False):
+        hashes[start : start + len(part)] = part.hashes()
+    wanted = np.unique(hashes[np.concatenate([first, later])])
+    places = np.flatnonzero(np.concatenate([is_among(part, wanted) for part in in_parts(hashes)]))
+    content = places.copy()
+    content[np.searchsorted(places, later)] = first
+    names = [own.name(place) for place in places.tolist()]
+    merged = merge_twins(names, content.tolist())
+    having = dict(zip(reversed(names), reversed(places.tolist()), strict=True))
+    instead = np.asarray([having[name] for name in merged], dtype=np.int64)
+    other = instead != places
+    return SplitNames(keys, places[other], instead[other])
 
 
 def _fingerprint(
     shards: Sequence[ShardIndex], class_names: Sequence[str], labels: np.ndarray, size: tuple[int, int]
 ) -> str:
-    head = ["tar shards", sum(map(len, shards)), *size, list(class_names)]
-    digest = hashlib.sha256(json.dumps(head).encode())
-    digest.update(labels.astype("<i8").tobytes())
+    digest = hashlib.sha256(json.dumps(["tar shards", sum(map(len, shards)), *size, list(class_names)]).encode())
+    digest.update(np.ascontiguousarray(labels, "<i8").data)
     for shard in shards:
         digest.update(shard.paths.text)
         digest.update(shard.paths.ends.astype("<i8").tobytes())

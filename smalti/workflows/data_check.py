@@ -12,7 +12,7 @@ import numpy as np
 
 from smalti.data.folder_index import read_known, write_known
 from smalti.data.folder_pass import FolderIndex, RejectedFile, index_folder
-from smalti.data.grouping import grouped
+from smalti.data.grouping import equal_rows
 from smalti.data.image_set import ImageSet
 from smalti.data.latent_set import LatentSet, is_latents, open_latents
 from smalti.data.sets import BUILT_IN, load_image_set
@@ -104,8 +104,7 @@ def _describe_shards(where: str, shards: Sequence[ShardIndex], listed: int | Non
         kinds = Counter[str]()
         for shard in shards:
             kinds.update(dict(shard.kinds))
-        digests = np.concatenate([shard.digest for shard in shards])
-        copies = len(digests) - len(grouped(digests)[1])
+        copies = len(equal_rows([shard.digest for shard in shards])[0])
         lines += _common_lines(image_sizes(shards), kinds, copies)
         lines += _class_lines(*classes(where, shards))
     rejected = [RejectedFile(f"{s.shard}:{r.path}", r.reason, r.other) for s in shards for r in s.rejected]
