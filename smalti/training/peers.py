@@ -1,6 +1,7 @@
 """Who of the processes of a run is missing, when one of them is: signs of life beside the training."""
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ BEAT = 0.5  # seconds between two signs of life, where steps take longer
 LOOK = 3 * BEAT  # how long to look for one
 _PAUSE = 0.02  # between two signs of quick steps
 _PATIENCE = timedelta(seconds=3)  # for the store itself, which may be gone with the process that kept it
+_MUTE = 2.5  # seconds that the training has to notice by itself that process 0 is gone
+_GO_ON = "What was stored stands: the same command continues the run"
 # What torch says when another process is gone; its classes do not cover gloo, which has plain RuntimeErrors.
 _COLLECTIVE = ("gloo", "connection", "nccl", "processgroup", "timed out", "socket", "tcpstore")
 
@@ -43,6 +46,7 @@ class Peers:
         self._store: Store | None = None
         self._thread: threading.Thread | None = None
         self._news = threading.Event()
+        self._noticed = threading.Event()  # the training is over, or has begun to say why it ends
         self._ended = False
 
     def __enter__(self) -> "Peers":
@@ -75,15 +79,17 @@ class Peers:
             PeerLostError: another process ended, or did not answer in time.
         """
         try:
-            yield
+            try:
+                yield
+            finally:
+                self._noticed.set()
         except PreemptedError:
             raise
         except (RuntimeError, PeerLostError) as error:
             if self.world.size == 1 or not _is_collective(error):
                 self._leave(f"{type(error).__name__}: {error}")
                 raise
-            message = f"{self.blame()}. What was stored stands: the same command continues the run"
-            raise PeerLostError(message) from error
+            raise PeerLostError(f"{self.blame()}. {_GO_ON}") from error
         except SmaltiError as error:
             self._leave(str(error))
             raise
@@ -94,15 +100,14 @@ class Peers:
     def blame(self) -> str:
         """Who is missing, since when, and why if it has said so; takes a moment."""
         me = self.world
-        head = f"process {me.rank} of {me.size} stopped at step {self.step}"
+        head = self._head()
         try:
             before = self._signs()
             time.sleep(LOOK)
             after = self._signs()
             notes = [self._note(rank) for rank in range(me.size)]
         except (RuntimeError, OSError):  # torch.distributed.DistError among them
-            keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
-            return f"{head}: {keeper} is gone, and process 0 was last heard of at step {self._keeper}"
+            return self._keeper_is_gone()
         others = [rank for rank in range(me.size) if rank != me.rank]
         causes = [f"process {rank} ended: {notes[rank]}" for rank in others if notes[rank]]
         lost = [
@@ -121,10 +126,31 @@ class Peers:
             try:
                 self._set(f"sign/{self.world.rank}", f"{self.step} {beats}")
                 self._keeper = self._sign(0).step
-            except RuntimeError:  # the store is gone, and the run with it; the training itself will say so
+            except RuntimeError as error:  # the store is gone, and the run with it; the training itself will say so
+                if isinstance(error, torch.distributed.DistNetworkError):  # and not only slow
+                    self._end_if_mute()
                 return
             time.sleep(_PAUSE)
             self._news.wait(BEAT)
+
+    def _end_if_mute(self) -> None:
+        """End this process if process 0 is gone and the training does not notice.
+
+        Gloo now and then misses that a connection was closed, and would wait as long as for one that only hangs; nobody
+        can interrupt it. A checkpoint that is half written is one of a dead writer, as after a kill.
+        """
+        if _agent_keeps_store() or self._noticed.wait(_MUTE):
+            return
+        sys.stderr.write(f"smalti: {self._keeper_is_gone()}. {_GO_ON}\n")
+        sys.stderr.flush()
+        os._exit(PeerLostError.exit_code)
+
+    def _head(self) -> str:
+        return f"process {self.world.rank} of {self.world.size} stopped at step {self.step}"
+
+    def _keeper_is_gone(self) -> str:
+        keeper = "torchrun" if _agent_keeps_store() else "process 0"
+        return f"{self._head()}: {keeper} is gone, and process 0 was last heard of at step {self._keeper}"
 
     def _signs(self) -> list[_Sign]:
         return [self._sign(rank) for rank in range(self.world.size)]
@@ -151,6 +177,10 @@ class Peers:
         if self._store is None or not self._store.check([key]):
             return ""
         return self._store.get(key).decode()
+
+
+def _agent_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _is_collective(error: Exception) -> bool:
