@@ -124,6 +124,7 @@ class Mirror:
         folder: Path,
         *,
         newer_than: int | None = None,
+        run_id: str | None = None,
         on_skip: Callable[[str], None] = lambda line: None,
         fs: FileSystem | None = None,
     ) -> Path | None:
@@ -132,6 +133,7 @@ class Mirror:
         Args:
             folder: as `CheckpointStore` was given it.
             newer_than: the newest step that is whole there, -1 if none is; None = find out.
+            run_id: of the folder's run; None = any may come.
             on_skip: told of each that is damaged, with the reason.
             fs: the file operations.
 
@@ -141,6 +143,7 @@ class Mirror:
         Raises:
             StorageError: the store cannot be reached, or the disk is full.
             CheckpointError: the newest was written by a newer smalti.
+            RunLockedError: it is of another run; nothing is copied.
         """
         fs = LocalFileSystem() if fs is None else fs
         shelf = Shelf(folder, fs, sole_writer=False)
@@ -151,6 +154,11 @@ class Mirror:
         for one in there:
             if one.step <= newer_than:
                 return None
+            if _is_foreign(one, run_id):
+                raise RunLockedError(
+                    f"{self.url} has {one.name} of run {one.manifest['run_id']}, and {folder.parent} is run {run_id}: "
+                    "choose another place for its copies, or another run folder to continue that run in"
+                )
             try:
                 check_format(one.manifest, FORMAT, VERSION, f"{self.url}/{one.name}")
                 with self._told(f"fetching checkpoint {one.name}"):

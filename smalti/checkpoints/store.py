@@ -89,6 +89,7 @@ class CheckpointStore:
         self.world = World() if world is None else world
         self.run_id, self.mirror = run_id, mirror
         self.fs: FileSystem = PatientFileSystem(LocalFileSystem() if fs is None else fs, shared=self.world.size > 1)
+        self.fetched = ""  # where the checkpoint came from that `load_newest` gave, if from the mirror
         self._turn = threading.Lock()  # a second save waits for the first
         self._shelf = Shelf(self.folder, self.fs, sole_writer=sole_writer, run_id=run_id)
 
@@ -179,6 +180,7 @@ class CheckpointStore:
             CheckpointError: the newest whole one was written by a newer smalti. Falling back to an older one would
                 soon delete it.
             StorageError: the mirror cannot be reached, so nobody knows whether it has a newer one.
+            RunLockedError: the mirror has a newer one, of another run than the newest here.
         """
         together = Together(self.world, group)
 
@@ -193,11 +195,15 @@ class CheckpointStore:
         def fetch(answers: list[Any]) -> list[Any]:
             assert self.mirror is not None
             newest = -1 if found is None else found.step
-            path = self.mirror.fetch_newest(self.folder, newer_than=newest, on_skip=on_skip, fs=self.fs)
+            own = None if found is None else found.run_id
+            path = self.mirror.fetch_newest(self.folder, newer_than=newest, run_id=own, on_skip=on_skip, fs=self.fs)
             return [] if path is None else [int(path.name.removeprefix("step-")), path.name]
 
         fetched = together.step(lambda: None, fetch)
-        return self._read(together, self.folder / fetched[1], fetched[0]) if fetched else found
+        if not fetched:
+            return found
+        self.fetched = self.mirror.url
+        return self._read(together, self.folder / fetched[1], fetched[0])
 
     def load(self, step: int, *, group: "ProcessGroup | None" = None) -> StoredCheckpoint:
         """The checkpoint of one step.

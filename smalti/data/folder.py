@@ -1,6 +1,7 @@
 """A folder of images as an image set: one checked pass builds an index, and everything after reads only the index."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from smalti.data.folder_index import read_known, write_known
 from smalti.data.folder_pass import FolderIndex, IndexEntry, RejectedFile, index_folder, read_regular_file
 from smalti.data.image_set import fingerprint_of, merge_twins
 from smalti.errors import DataError, StorageError
+from smalti.world import World
 
 __all__ = ["ChangedFileError", "FolderImages", "index_folder", "load_folder"]
 
@@ -137,12 +139,19 @@ class _PixelCache:
 
 
 def refuse_unusable(where: object, bad: Sequence[RejectedFile], usable: int, skip_unreadable: bool) -> None:
-    """Refuse a set some of whose files cannot be used.
+    """Refuse a set some of whose files cannot be used, or say in one line that they are left out.
 
     Raises:
         DataError: there are such files, and they must not be left out or nothing else is there.
     """
-    if not bad or (skip_unreadable and usable):
+    if not bad:
+        return
+    if skip_unreadable and usable:
+        if World.launched().rank == 0:
+            logging.getLogger("smalti").warning(
+                "%s: %d of %d files cannot be used and are left out (%r: %s); `smalti data check %s` lists them",
+                where, len(bad), len(bad) + usable, bad[0].path, bad[0].reason, where,
+            )  # fmt: skip
         return
     advice = "repair or remove them, or leave them out with skip_unreadable"
     head = f"{where}: {len(bad)} of {len(bad) + usable} files cannot be used"

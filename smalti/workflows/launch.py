@@ -111,6 +111,8 @@ class LaunchRequest(LaunchSettings):
                 "k8s needs --image, which holds Python, torch and smalti, and --claim, the PersistentVolumeClaim that "
                 "data and runs lie on"
             )
+        if self.image != "".join(self.image.split()):
+            raise ConfigError(f"image {self.image!r} has spaces in it: no container image is called so")
         if self.emit == "skypilot" and not self.mirror and self.command[0] == "train":
             raise ConfigError(
                 "the disk of a spot machine goes with it: give the command --store.mirror, as in "

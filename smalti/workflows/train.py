@@ -154,7 +154,8 @@ def _train(
     if stored is not None:
         refuse_another_run(stored.state.get("identity"), config, run.catalogue, str(stored.path))
         state.restore(stored)
-        progress.note(f"continuing {config.out} at step {state.step}")
+        source = f", fetched from {start.store.fetched}" if start.store.fetched else ""
+        progress.note(f"continuing {config.out} at step {state.step}{source}")
         progress.continue_from(state.step)
     start.part.begin()
     start.store.name_run((stored.run_id if stored is not None else None) or known_run(config.out, me))

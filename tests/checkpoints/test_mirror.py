@@ -313,6 +313,19 @@ def test_checkpoints_of_another_run_are_neither_overtaken_nor_deleted(tmp_path, 
     assert sorted({folder for folder, _ in mirror(url)._files()}) == ["step-0000000010", "step-0000000011"]
 
 
+def test_a_run_with_checkpoints_of_its_own_is_given_none_of_another_run(tmp_path, faults, url):
+    mirror(url).upload(save(tmp_path / "a", 10, faults, run_id="a"))
+    save(tmp_path / "b", 5, faults, run_id="b")
+    store = CheckpointStore(tmp_path / "b", mirror=mirror(url))
+    with pytest.raises(RunLockedError, match=r"step-0000000010 of run a, and .* is run b"):
+        store.load_newest(pytest.fail)
+    assert store.steps() == [5]
+    fresh = CheckpointStore(tmp_path / "c", mirror=mirror(url))
+    assert fresh.load_newest(pytest.fail).run_id == "a"
+    assert fresh.fetched == url
+    assert fresh.steps() == [10]
+
+
 def test_a_damaged_folder_and_an_unknown_place_are_refused(tmp_path, faults):
     path = save(tmp_path / "here", 10, faults)
     manifest = (path / "manifest.json").read_bytes()

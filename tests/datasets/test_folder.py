@@ -97,7 +97,7 @@ def test_folder_without_images(tmp_path):
 
 
 @pytest.mark.faults
-def test_unreadable_files_are_listed_and_can_be_left_out(animals):
+def test_unreadable_files_are_listed_and_can_be_left_out(animals, caplog):
     whole = (animals / "cats" / "0.png").read_bytes()
     for i in range(7):
         (animals / "cats" / f"cut{i}.png").write_bytes(whole[:45])
@@ -107,8 +107,11 @@ def test_unreadable_files_are_listed_and_can_be_left_out(animals):
     assert len(lines) == 1 + 5 + 1
     assert lines[1].startswith("  'cats/cut0.png': damaged")
     assert "and 2 more" in lines[-1]
+    assert not caplog.messages
     kept = load_image_set(animals, skip_unreadable=True)
     assert len(kept) == 12
+    (told,) = caplog.messages
+    assert told.startswith(f"{animals}: 7 of 19 files cannot be used and are left out ('cats/cut0.png': damaged")
     shutil.rmtree(animals / "dogs")
     only_cats = load_image_set(animals, skip_unreadable=True)
     assert only_cats.class_names == ("cats",)

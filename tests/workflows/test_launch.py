@@ -432,6 +432,7 @@ def test_skypilot_s_machines_know_their_place(stand):
         ({"emit": "slurm", "sbatch": ("account=me\n#SBATCH --x",)}, "line of a Slurm file"),
         ({"emit": "slurm", "time_limit": "tomorrow"}, "time_limit 'tomorrow' is none of Slurm's"),
         ({"emit": "k8s", "image": ""}, "k8s needs --image"),
+        ({"emit": "k8s", "image": "registry/a b"}, "has spaces in it"),
         ({"emit": "skypilot", "mirror": ""}, "--store.mirror"),
         ({"emit": "slurm", "array": 2}, "array is for sample and encode"),
         ({"command": ("sample", "m"), "array": 2}, "torchrun shares the chunks"),
