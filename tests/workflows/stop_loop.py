@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -193,8 +194,7 @@ def stop_often(root, data, stops):
         child = Child(arguments, log, stop.prepare, stop.after)
         assert child.wait_for_steps(wanted), log.read_text()
         if k % 2:
-            wait_until(stop.saving.exists, "a save", [child.pid])
-            result["during a save"] += has_a_checkpoint(out, ".tmp-0")
+            result["during a save"] += stop.met(child)
         else:
             time.sleep(rng.uniform(0, pace["step"] + pace["save"]))
         os.kill(child.pid, number)
@@ -214,34 +214,47 @@ def stop_often(root, data, stops):
 
 
 class LateStop:
-    """Makes an attempt wait for a signal that is late: `wanted + 2` steps after its start, or inside of a save.
+    """Makes an attempt wait for an end that is late: `wanted + 2` steps after its start, or inside of a save.
 
-    The disk is slow on top, so that steps go on beside a save, and the save after the signal takes its time.
+    A save is waited in until a step was finished beside it. The disk is slow on top, so that the save takes its time
+    after the signal, too.
     """
 
     def __init__(self, folder, out, wanted, *, during_a_save):
         folder.mkdir()
         self.saving, self.sent = folder / "saving", folder / "sent"
-        self.out, self.wanted, self.during_a_save, self.count = out, wanted, during_a_save, 0
+        self.out, self.wanted, self.during_a_save = out, wanted, during_a_save
+        self.step = self.count = self.stored = 0
 
     def after(self, step, count):
-        self.count = count
+        self.step, self.count = step, count
         while count == self.wanted + 2 and not self.during_a_save and not self.sent.exists():
             time.sleep(0.002)
 
     def prepare(self):
-        real = os.fsync
+        real, save = os.fsync, CheckpointStore.save
+
+        def noted(store, step, *given, **named):
+            self.stored = step
+            return save(store, step, *given, **named)
 
         def fsync(descriptor):
-            if self.count >= self.wanted and not self.sent.exists() and has_a_checkpoint(self.out, ".tmp-0"):
-                self.saving.touch()
+            beside = threading.current_thread() is not threading.main_thread()
+            if beside and self.count >= self.wanted and has_a_checkpoint(self.out, ".tmp-0"):
                 while not self.sent.exists():
+                    if self.step > self.stored:
+                        self.saving.touch()
                     time.sleep(0.002)
             time.sleep(0.005)
             real(descriptor)
 
         if self.during_a_save:
-            os.fsync = fsync
+            os.fsync, CheckpointStore.save = fsync, noted
+
+    def met(self, child):
+        """Wait until a step was finished beside a save, and say whether that is still going on."""
+        wait_until(self.saving.exists, "a save", [child.pid])
+        return has_a_checkpoint(self.out, ".tmp-0")
 
 
 def has_a_checkpoint(out, prefix):
@@ -285,13 +298,14 @@ def interrupt_twice(root, data, _):
 
 def refuse_a_second(root, data, seconds):
     """One run stands still in the middle while others try the same folder, by the same command and by other ones."""
-    out, log, refused, go = root / "held", root / "held.txt", root / "refused.txt", root / "go"
+    out, log, refused, inside, go = (root / name for name in ("held", "held.txt", "refused.txt", "inside", "go"))
     whole = run_whole(root / "whole", data, STEPS)
 
     def wait():
         real = looks.validate
 
         def validate(*args, **kwargs):
+            inside.touch()
             while not go.exists():
                 time.sleep(0.01)
             return real(*args, **kwargs)
@@ -299,7 +313,7 @@ def refuse_a_second(root, data, seconds):
         looks.validate = validate
 
     first = Child(flags(out, data, "--steps", str(STEPS)), log, wait)
-    assert first.wait_for_steps(3), log.read_text()
+    wait_until(inside.exists, "a validation", [first.pid])
     wait_until((out / "checkpoints" / "LATEST").exists, "the last thing that is written", [first.pid])
     before = files_at_rest(out)
     result = {"refused": 0, "named": 0, "wrote": 0}
