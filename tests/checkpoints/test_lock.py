@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import signal
 from dataclasses import asdict
 
 import pytest
@@ -26,6 +27,31 @@ def test_a_second_holder_is_told_who_the_first_is(tmp_path):
     with RunLock(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getpid()
     assert (tmp_path / "run" / ".lock").read_text() == ""
+
+
+def test_a_child_that_outlives_a_killed_holder_does_not_hold_its_lock(tmp_path):
+    reader, writer = os.pipe()
+    holder = os.fork()
+    if not holder:
+        try:
+            signal.alarm(60)
+            with RunLock(tmp_path):
+                if not os.fork():
+                    signal.alarm(60)  # of the parent's, a child has none
+                    os.write(writer, str(os.getpid()).encode())
+                signal.pause()
+        finally:
+            os._exit(1)
+    child = int(os.read(reader, 20))
+    try:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        with RunLock(tmp_path):
+            os.kill(child, 0)  # is still there
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_two_folders_are_two_locks(tmp_path):

@@ -4,6 +4,8 @@ import os
 import random
 import re
 import shutil
+import threading
+import time
 
 import pytest
 import safetensors.torch
@@ -102,6 +104,29 @@ def test_saving_a_step_again_replaces_it(tmp_path, faults):
     store.save(10, faults.payload(11), {"value": 11})
     assert faults.value_of(store.load(10)) == 11
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-0000000010"]
+
+
+def test_of_two_threads_that_save_at_the_same_moment_the_second_waits_for_the_first(tmp_path, faults):
+    fs, order = faults.QuickFileSystem(), []
+    real = fs.create
+
+    def create(path):
+        order.append(threading.get_ident())
+        time.sleep(0.01)  # the other one's turn, if nothing held it back
+        return real(path)
+
+    fs.create = create
+    store, start = CheckpointStore(tmp_path, keep_last=1, fs=fs), threading.Barrier(2)
+    threads = [
+        threading.Thread(target=lambda step=step: (start.wait(60), save(store, step, faults))) for step in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(order)) == 2
+    assert order == sorted(order, key=order.index)
+    assert faults.value_of(store.load(2)) == 2
 
 
 @pytest.mark.faults

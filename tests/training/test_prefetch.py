@@ -178,6 +178,27 @@ def test_a_worker_killed_while_it_waits_is_noticed_at_its_next_batch():
         assert time.monotonic() - started < SECONDS
 
 
+@pytest.mark.timeout(60)
+def test_a_killed_worker_is_noticed_although_another_process_holds_the_end_of_its_pipe(monkeypatch):
+    """As one does that a thread forks at the same moment: the pipe tells of no end."""
+    real, held = multiprocessing.context.BaseContext.Pipe, []
+
+    def pipe(context, duplex):
+        ours, theirs = real(context, duplex)
+        held.append(os.dup(theirs.fileno()))
+        return ours, theirs
+
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Pipe", pipe)
+    try:
+        with prefetched(lambda step: os.kill(os.getpid(), signal.SIGKILL), 3, 9, workers=1) as made:
+            assert len(held) == 1
+            with pytest.raises(WorkerDiedError, match="killed by SIGKILL while it made step 3"):
+                next(made)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
 def test_a_worker_that_ends_on_its_own_is_noticed_too():
     def load(step):
         os._exit(3)

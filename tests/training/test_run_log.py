@@ -200,6 +200,21 @@ def test_a_disk_that_is_full_for_tensorboard_alone_is_one_line(tmp_path, monkeyp
     assert capfd.readouterr().err == ""
 
 
+def test_what_tensorboard_could_not_write_is_told_while_the_steps_go_on(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    log = RunLog(tmp_path, -1, tensorboard=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log._board, "add_scalar", full)  # as it raises what its thread has failed with
+        with pytest.raises(StorageError, match=r"tensorboard cannot be written: No space left"):
+            log.write("train", 1, loss=1.0)
+    log.close()
+    assert steps(tmp_path) == [1]
+
+
 def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path):
     pytest.importorskip("tensorboard")
     assert tensorboard_installed()
