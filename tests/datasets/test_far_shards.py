@@ -19,12 +19,12 @@ from smalti.data import shards as shards_module
 from smalti.data.changed import ChangedFileError
 from smalti.data.order import SampleOrder, training_order
 from smalti.data.shards import load_shards
-from smalti.errors import ConfigError, DataError, StorageError
+from smalti.errors import ConfigError, StorageError
 from smalti.storage import objects
 from smalti.storage.objects import open_store
 from smalti.workflows import data_check
 
-COUNT = 120
+COUNT, PETABYTE = 120, 1 << 50
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -62,9 +62,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             return
         last = min(last, len(data) - 1)
         extra = {"Content-Encoding": "gzip"} if self.behaviour == "packs" else {}
-        told = 1 << 50 if self.behaviour == "boasts" else len(data)
+        told = {"boasts": PETABYTE, "boasts more": 10**18}.get(self.behaviour, len(data))
         if self.behaviour == "boasts" and last:
-            self.answer(206, b"x", length=1 << 50, **{"Content-Range": f"bytes 0-{last}/{told}"})
+            self.answer(206, b"x", length=told, **{"Content-Range": f"bytes 0-{told - 1}/{told}"})
             return
         self.answer(206, data[first : last + 1], **{"Content-Range": f"bytes {first}-{last}/{told}"} | extra)
         if self.behaviour == "hangs up":
@@ -247,7 +247,8 @@ def test_a_file_without_a_byte_has_the_size_0(web):
 def test_a_server_may_send_on_but_passwords_stay_with_the_first(web):
     other, stop = serve(web.folder)
     try:
-        web.behaviour, web.elsewhere = "sends on", other.place.removesuffix("/data").replace("127.0.0.1", "localhost")
+        web.behaviour = "sends on"
+        web.elsewhere = other.place.removesuffix("/data").replace("127.0.0.1", "them:theirs@localhost")
         there = web.place.replace("http://", "http://me:secret@").replace("/data", "/first") + "?token=hidden"
         store = open_store(there)
         assert store.read("s-0.tar", 0, 9) == (web.folder / "s-0.tar").read_bytes()[:9]
@@ -279,7 +280,10 @@ def test_servers_that_mislead_are_refused_in_one_line(web, behaviour, said):
 @pytest.mark.faults
 def test_a_server_that_promises_a_petabyte_takes_no_memory(web):
     web.behaviour = "boasts"
-    with pytest.raises((StorageError, DataError)):
+    with pytest.raises(StorageError, match="the answer ended after 1 of 1,125,899,906,842,624 bytes"):
+        open_store(web.place).read("s-0.tar")
+    web.behaviour = "boasts more"
+    with pytest.raises(StorageError, match="the server does not tell the size"):
         open_store(web.place).read("s-0.tar")
 
 
