@@ -73,8 +73,6 @@ def _decode_opened(opened: Image.Image) -> Decoded:
     columns, rows = opened.size
     if columns * rows > MAX_PIXELS:
         raise UnusableImageError(f"{rows} x {columns} is more than {MAX_PIXELS // 1_000_000} million pixels")
-    if min(columns, rows) < 1:
-        raise UnusableImageError(f"{rows} x {columns} pixels: there is nothing in it")
     mode, format_name = opened.mode, str(opened.format)
     if mode == "F":
         raise UnusableImageError("float pixels: their range is unknown; save it with 8 bits per channel")
@@ -83,7 +81,6 @@ def _decode_opened(opened: Image.Image) -> Decoded:
     if mode.startswith("I;16") and format_name == "TIFF":
         raise UnusableImageError("16-bit TIFF: its range is unknown; save it with 8 bits per channel")
     notes = ("animated or multi-page: only frame 0 is used",) if getattr(opened, "is_animated", False) else ()
-    opened.load()
     return Decoded(rgb_on_white(ImageOps.exif_transpose(opened)), format_name, mode, notes)
 
 

@@ -1,5 +1,6 @@
 """Every kind of good, odd, bad and hostile image file, made here: the pixels it gives, or the reason why not."""
 
+import io
 import resource
 import struct
 import sys
@@ -69,6 +70,15 @@ def test_alpha_zero_shows_white_whatever_colour_lies_below(mode):
 def test_half_alpha_is_mixed_with_white():
     # 0 * 128/255 + 255 * 127/255 = 127
     assert pixels(saved(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))).ravel().tolist() == [127] * 3
+
+
+@pytest.mark.faults
+def test_grey_that_is_multiplied_by_its_alpha_already_is_mixed_with_white_too():
+    tag = struct.pack("<HHI", 338, 3, 1)  # ExtraSamples: 2 = as it is, 1 = multiplied
+    plain = saved(Image.new("LA", (1, 1), (51, 51)), "TIFF")
+    data = plain.replace(tag + b"\2", tag + b"\1")
+    assert Image.open(io.BytesIO(data)).mode == "La"
+    assert pixels(data).ravel().tolist() == [255] * 3  # 51 + 255 * 204/255
 
 
 @pytest.mark.faults
