@@ -1,5 +1,6 @@
 """`smalti encode`."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,5 +59,6 @@ class Encode:
             channels, rows, columns = identity.latent_shape
             print(
                 f"{self.out}: {identity.count:,} examples, latents {channels} x {rows} x {columns} of images "
-                f"{identity.image_size[0]} x {identity.image_size[1]}, codec {identity.codec.label}"
+                f"{identity.image_size[0]} x {identity.image_size[1]}, codec {identity.codec.label}; "
+                f"train on them with `smalti train --data.path {shlex.quote(str(self.out))}`"
             )

@@ -1,5 +1,6 @@
 """`smalti launch`."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,15 @@ from smalti.cli import VERBS, read_command
 from smalti.config import did_you_mean
 from smalti.errors import ConfigError
 from smalti.report.files import write_text
-from smalti.workflows.launch import SHARED, LaunchRequest, LaunchSettings, launch_file
+from smalti.workflows.launch import SHARED, Emit, LaunchRequest, LaunchSettings, launch_file
 
 LAUNCHED = ("train", *SHARED)
+_STARTS: dict[Emit, tuple[str, ...]] = {
+    "torchrun": ("bash",),
+    "slurm": ("sbatch",),
+    "k8s": ("kubectl", "apply", "-f"),
+    "skypilot": ("sky", "jobs", "launch"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,7 @@ class Launch(LaunchSettings):
         if self.emit == "torchrun":
             self.file.chmod(self.file.stat().st_mode | 0o111)
         print(self.file)
+        print(f"start it with `{shlex.join([*_STARTS[self.emit], str(self.file)])}`", file=sys.stderr)
 
 
 def _folders(verb: str, arguments: list[str]) -> tuple[str, str]:

@@ -52,7 +52,10 @@ def find_shards(spec: str | Path) -> tuple[ByteStore, tuple[str, ...]]:
         store = open_store(text)
         found = [name for name in _listed(store) if name.endswith(".tar") and "/" not in name and name[0] != "."]
         if not found:
-            raise DataError(f"{store.place}: no tar shard in it; give a folder that holds some")
+            raise DataError(
+                f"{store.place}: no tar shard in it; give a folder that holds some. "
+                "A folder of images is given as a path, not as a URL"
+            )
         return store, tuple(found)
     place, _, pattern = head.rpartition("/")
     store = open_store((place or ("/" if head.startswith("/") else ".")) + mark + query)

@@ -273,7 +273,8 @@ def file_system(place: str) -> tuple[Any, str]:
         what = f"install {package} (`pip install {package}`)" if package else f"{error}"
         raise ConfigError(f"{shown(place)}: {scheme}:// needs another package: {what}") from error
     except ValueError as error:
-        raise ConfigError(f"{shown(place)}: {error}") from error
+        known = "a path, or a URL that begins with s3://, gs://, https:// or file://"
+        raise ConfigError(f"{shown(place)}: {error}; expected {known}") from error
     return fs, str(root)
 
 

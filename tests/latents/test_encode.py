@@ -18,6 +18,7 @@ from processes import wait_until
 from smalti.cli import main
 from smalti.data import SampleOrder, load_image_set
 from smalti.data import latent_set as latent_set_module
+from smalti.data import read_ahead as read_ahead_module
 from smalti.data.examples import Examples, PixelExamples
 from smalti.data.latent_set import LatentExamples, open_latents
 from smalti.data.open_examples import load_examples
@@ -104,6 +105,7 @@ def test_of_several_processes_the_first_says_what_came_of_it(vae, whole, tmp_pat
     else:
         assert "nothing to do" in said[1].err
         assert said[1].out.startswith(f"{whole}: 50 examples, latents 4 x 16 x 16")
+        assert said[1].out.endswith(f"train on them with `smalti train --data.path {whole}`\n")
 
 
 def test_parts_by_themselves_end_in_the_same_bytes(vae, whole, tmp_path):
@@ -280,7 +282,7 @@ def test_without_stored_flips_mirroring_is_refused(vae, tmp_path):
 
 def test_from_a_store_the_same_is_read_by_ranges(whole, monkeypatch):
     monkeypatch.setattr(latent_set_module, "HELD_BYTES", 0)
-    monkeypatch.setattr(latent_set_module, "_WINDOW_BYTES", 5 * 8192)
+    monkeypatch.setattr(latent_set_module, "_BLOCK_BYTES", 5 * 8192)
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     for name, data in contents(whole).items():
@@ -297,9 +299,10 @@ def test_from_a_store_the_same_is_read_by_ranges(whole, monkeypatch):
 
 
 def test_of_a_store_what_was_read_last_is_held_and_no_more_than_allowed(whole, monkeypatch):
-    window = 5 * 8192
-    monkeypatch.setattr(latent_set_module, "HELD_BYTES", window)
-    monkeypatch.setattr(latent_set_module, "_WINDOW_BYTES", window)
+    block = 5 * 8192
+    monkeypatch.setattr(latent_set_module, "HELD_BYTES", block)
+    monkeypatch.setattr(latent_set_module, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(read_ahead_module, "HELD_BYTES", 2 * block)
     memory = pytest.importorskip("fsspec").filesystem("memory")
     for name, data in contents(whole).items():
         memory.pipe_file(f"/held/{name}", data)
@@ -307,9 +310,9 @@ def test_of_a_store_what_was_read_last_is_held_and_no_more_than_allowed(whole, m
     read, asked = latents.store.read, []
     monkeypatch.setattr(latents.store, "read", lambda *range: asked.append(range) or read(*range))
     for index, requests in ((0, 1), (5, 2), (9, 2), (10, 3), (5, 3), (0, 4), (6, 4), (11, 5)):
-        latents.moments([index], [0])
+        latents.moments([index], [0], nearby=True)
         assert len(asked) == requests, index
-        assert sum(map(len, latents._held.values())) <= 2 * window
+        assert sum(len(stretch.data) for stretch in latents._ahead._held.values()) <= 2 * block
 
 
 @pytest.mark.faults

@@ -469,9 +469,13 @@ def test_the_command_prints_the_file_or_writes_it_ready_to_run(tmp_path, capsys)
     assert main(words) == 0
     text = capsys.readouterr().out
     assert f"\nSMALTI=(train --config {settings} --seed 1)\nOUT=there\nNODES=1\nPROCESSES=2\n" in text
-    assert main([*words[:1], "--file", str(tmp_path / "go.sh"), *words[1:]]) == 0
-    assert (tmp_path / "go.sh").read_text() == text
-    assert os.access(tmp_path / "go.sh", os.X_OK)
+    file = tmp_path / "go on.sh"
+    assert main([*words[:1], "--file", str(file), *words[1:]]) == 0
+    assert file.read_text() == text
+    assert os.access(file, os.X_OK)
+    told = capsys.readouterr()
+    assert told.out == f"{file}\n"  # alone, for `sbatch $(smalti launch ...)`
+    assert told.err == f"start it with `bash '{file}'`\n"
 
 
 @pytest.mark.parametrize(
