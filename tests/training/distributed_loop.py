@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from smalti.presets import create_model
 from smalti.training import EMA, TrainState, train_steps
 from smalti.training.batches import BatchSource
 from smalti.training.config import ParallelConfig
-from smalti.training.distributed import Parallel, whole
+from smalti.training.distributed import Parallel, local_part, whole
 from smalti.training.optim import build_optimizer
 from smalti.training.validation import make_triples, validate
 from smalti.world import world
@@ -109,7 +110,15 @@ def run(kind, setting, me):
     for name, module in network.named_modules():
         module.register_forward_pre_hook(functools.partial(note, name=name))
     state = TrainState(network, ema, build_optimizer(network, config.optimizer), engine=engine)
-    reports = list(train_steps(state, batches, config))
+    finer, clip = set(), torch.nn.utils.clip_grad_norm_
+
+    def look(parameters, limit):
+        gradients = {name: local_part(p.grad) for name, p in network.named_parameters() if p.grad is not None}
+        finer.update(name for name, gradient in gradients.items() if not gradient.equal(gradient.bfloat16().float()))
+        return clip(parameters, limit)
+
+    with mock.patch("torch.nn.utils.clip_grad_norm_", look):
+        reports = list(train_steps(state, batches, config))
     triples = make_triples(examples, list(range(40)), batches.schedule, 0)
     loss = validate(ema.model, triples, "v", precision=config.precision, batch_size=7, world=me)
     kept = [module for module in ema.model.modules() if isinstance(module, BiSSM) and module._kept is not None]
@@ -122,6 +131,7 @@ def run(kind, setting, me):
         "validation": [loss.mean, *loss.strata],
         "kept": len(kept) if shared.mesh is not None else 0,
         "met": met,
+        "finer": sorted(finer),
     }
 
 
@@ -169,6 +179,7 @@ def main(folder, many):
                     ),
                     "kept": first["kept"],
                     "met": first["met"] if name == "fsdp-bf16" else {},
+                    "finer": first["finer"] if name == "fsdp-bf16" else [],
                 }
     print(json.dumps(found))
 

@@ -57,6 +57,8 @@ def test_what_is_gathered_in_bfloat16_is_what_autocast_would_round(short):
     products = {name: dtype for name, dtype in met.items() if name.endswith((".out.weight", ".linear.weight"))}
     assert len(products) >= 4
     assert set(products.values()) == {"torch.bfloat16"}
+    finer = set(short["2 diffussm fsdp-bf16"]["finer"])
+    assert products.keys() <= finer, "gradients are exchanged in float32, whose sums bfloat16 does not hold"
 
 
 @pytest.mark.long
