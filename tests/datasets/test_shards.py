@@ -436,7 +436,9 @@ def test_every_flipped_bit_of_a_shard_is_found_or_changes_nothing(tmp_path):
     (tmp_path / "x.tar").write_bytes(data)
     store = LocalStore(tmp_path)
     index = index_shard(store, "x.tar")
-    contents = [range(member.offset, member.offset + member.size) for member in walk_members(store, "x.tar")]
+    members = list(walk_members(store, "x.tar"))
+    contents = [range(member.offset, member.offset + member.size) for member in members]
+    heads = {member.offset - 512 + k for member in members for k in range(512) if not 148 <= k < 156}  # sums apart
     whole = load_shards(tmp_path / "x.tar", None, cache_bytes=0)
     draw = random.Random(3)
     for _ in range(100):
@@ -457,9 +459,10 @@ def test_every_flipped_bit_of_a_shard_is_found_or_changes_nothing(tmp_path):
         except DamagedTarError:
             continue
         same = [again.columns["digest"].tolist(), [r[:2] for r in again.facts["rejected"]], again.names["paths"].text]
+        assert place not in heads
         changed = same != [index.digest.tolist(), [], index.paths.text]
         changed |= again.columns["label"].tolist() != index.label.tolist()
-        assert not changed or any(place in content for content in contents), "what a head says, nothing else says"
+        assert not changed or any(place in content for content in contents)
 
 
 def load_changed(images):
