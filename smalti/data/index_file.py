@@ -115,7 +115,7 @@ def _parse(data: bytes, head_end: int) -> StoredIndex:
     head = json.loads(data[head_end:line])
     rest, arrays = memoryview(data)[line + 1 :], {}
     for name, (kind, shape) in head["columns"].items():
-        if np.dtype(kind).kind not in "iu" or any(type(n) is not int or n < 0 for n in shape):
+        if np.dtype(kind).kind not in "iu" or any(n < 0 for n in shape):
             raise ValueError(f"a column of {kind}, {shape}")
         arrays[name] = np.frombuffer(rest, np.dtype(kind), math.prod(shape), at).reshape(shape)
         at += arrays[name].nbytes
