@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from smalti.checkpoints import foreign
 from smalti.checkpoints.foreign import read_foreign
 from smalti.errors import CheckpointError, StorageError
-from smalti.storage.precheck import MAX_MEMBERS, check_safetensors, check_zip
+from smalti.storage import precheck
+from smalti.storage.precheck import MAX_HEADER, MAX_MEMBERS, MAX_PICKLE, check_safetensors, check_size, check_zip
 from smalti.storage.tensors import file_pieces
 
 ROOT = Path(__file__).parents[2]
@@ -348,6 +349,80 @@ def test_an_archive_of_something_else_is_refused(tmp_path, members, message):
         read_foreign(path)
 
 
+def listed(path, name, place, value):
+    """The archive with another number in what its listing says of a member."""
+    content = bytearray(path.read_bytes())
+    at = content.rindex(name) - 46
+    assert content[at : at + 4] == b"PK\1\2"
+    content[at + place : at + place + len(value)] = value
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.faults
+def test_members_that_are_secret_or_said_to_be_larger_are_refused(tmp_path):
+    path = listed(archive(tmp_path / "a.pt", b"x" * 99), b"archive/data.pkl", 8, b"\1")
+    with pytest.raises(CheckpointError, match="is encrypted: give the plain file"):
+        check_zip(path)
+    path = listed(archive(tmp_path / "b.pt", b"x" * 99), b"archive/data.pkl", 24, struct.pack("<I", 100))
+    with pytest.raises(CheckpointError, match="may be a bomb"):
+        check_zip(path)
+    path = archive(tmp_path / "c.pt", b"x" * 99)
+    large = struct.pack("<II", path.stat().st_size, path.stat().st_size)
+    with pytest.raises(CheckpointError, match="its members lie over one another"):
+        check_zip(listed(path, b"archive/version", 20, large))
+    path = archive(tmp_path / "d.pt", b"x" * (MAX_PICKLE + 1))
+    with pytest.raises(CheckpointError, match="its list of tensors has 33,554,433 bytes"):
+        check_zip(path)
+    path = listed(archive(tmp_path / "e.pt", b"x" * 99), b"archive/data.pkl", 10, b"\x08")  # packed, of equal size
+    with pytest.raises(CheckpointError, match="may be a bomb"):
+        check_zip(path)
+    path = listed(archive(tmp_path / "f.pt", b"x" * 99), b"archive/data.pkl", 6, b"\x63")
+    with pytest.raises(CheckpointError, match=r"damaged or cut short: zip file version 9\.9"):
+        check_zip(path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [(8, b"\xfe\xff"), (10, b"\xfe\xff"), (12, struct.pack("<I", MAX_MEMBERS * 256 + 1)), (None, MAX_MEMBERS + 1)],
+    ids=["members here", "members", "bytes of their listing", "members in the long form"],
+)
+def test_how_much_an_archive_promises_is_looked_at_before_it_is_opened(tmp_path, place, number):
+    content = bytearray(archive(tmp_path / "w.pt", b"x").read_bytes())
+    end = content.rindex(b"PK\5\6")
+    if place is None:
+        content[end:end] = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 2, number, 99, 0)
+    else:
+        content[end + place : end + place + len(number)] = number
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="members: at most"):
+        check_zip(tmp_path / "w.pt")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["archive/version", "a/b/data.pkl"])
+def test_an_archive_without_the_list_of_tensors_in_its_place_is_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as file:
+        file.writestr(name, b"3")
+    with pytest.raises(CheckpointError, match=r"none that torch\.save writes"):
+        check_zip(tmp_path / "w.pt")
+
+
+@pytest.mark.faults
+def test_what_is_no_file_or_of_no_possible_size_is_refused_before_it_is_opened(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="is no file of 1 to"):
+        check_size(tmp_path)
+    monkeypatch.setattr(precheck, "MAX_FILE", 9)
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "large").write_bytes(bytes(10))
+    for path in (tmp_path / "empty", tmp_path / "large"):
+        with pytest.raises(CheckpointError, match="is no file of 1 to 9 bytes"):
+            check_size(path)
+    (tmp_path / "large").write_bytes(bytes(9))
+    assert check_size(tmp_path / "large") == 9
+
+
 @pytest.mark.faults
 def test_no_flipped_or_missing_byte_of_an_archive_goes_unnoticed(tmp_path):
     # Every byte of the tensors is covered by a checksum; those of the archive itself may be of no meaning.
@@ -383,7 +458,7 @@ HEADERS = {
     "short": b"\1\0\0",
     "huge_length": header({"a": entry()}, length=1 << 62),
     "length_past_end": header({"a": entry()}, length=10_000),
-    "over_the_cap": struct.pack("<Q", 1 << 24) + b" " * (1 << 24),
+    "over_the_cap": header(json.dumps({"a": entry()}).encode() + b" " * MAX_HEADER, b"\0" * 4),
     "garbage": header(b"\xff\xfe\0{"),
     "no_table": header(b"[1,2]"),
     "past_end": header({"a": entry(offsets=(0, 4))}, b"\0\0"),
@@ -399,10 +474,16 @@ HEADERS = {
     "type_is_a_list": header({"a": entry() | {"dtype": []}}, b"\0" * 4),
     "deep": header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "notes": header({"__metadata__": {"a": 1}, "a": entry()}, b"\0" * 4),
+    "notes_are_a_list": header({"__metadata__": ["a"], "a": entry()}, b"\0" * 4),
     "extra_key": header({"a": entry() | {"code": "x"}}, b"\0" * 4),
     "no_tensors": header({"__metadata__": {}}),
     "very_many": header({f"{i}": entry(shape=(0,), offsets=(0, 0)) for i in range(20_000)}),
     "escape": header({"\x1b]0;x": entry()}, b"\0" * 4),
+    "long_name": header({"a" * 513: entry()}, b"\0" * 4),
+    "many_axes": header({"a": entry(shape=(1,) * 17)}, b"\0" * 4),
+    "long_and_empty": header({"a": entry(shape=(1 << 60, 0), offsets=(0, 0))}),
+    "three_offsets": header({"a": entry(offsets=(0, 4, 4))}, b"\0" * 4),
+    "no_entry": header({"a": 4}, b"\0" * 4),
     "big_number": header(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', b"\0" * 4),
 }
 
