@@ -3,8 +3,8 @@
 import hashlib
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +19,18 @@ from smalti.data.examples import ExampleBatch
 from smalti.data.image_set import Catalogue
 from smalti.data.latent_index import LatentIndex, read_index
 from smalti.data.latent_record import RECORD, LatentRecord, chunk_name, read_record
-from smalti.data.order import Order
+from smalti.data.order import BlockOrder, Order
+from smalti.data.read_ahead import ReadAhead, pays
 from smalti.errors import ConfigError, DataError
 from smalti.latents import CodecFacts
 from smalti.storage.objects import ByteStore, LocalStore, MissingObjectError, is_url, open_store
 from smalti.streams import AUGMENT, POSTERIOR, generator, key
 
-HELD_BYTES = 1 << 28  # sets up to this size are held in memory; of larger remote ones, as much of what was read last
-_WINDOW_BYTES = 1 << 22  # of one read from a store that is not this machine's, and of a block of `BlockOrder`
+HELD_BYTES = 1 << 28  # sets up to this size are held in memory
+_BLOCK_BYTES = 1 << 22  # of a block of `BlockOrder`, the most that one request asks of a larger set in a store
+_AT_ONCE = 16  # requests to a store
+
+_Posterior = tuple[int, int]  # index and view
 
 
 def is_latents(spec: str | Path) -> bool:
@@ -72,7 +76,10 @@ class LatentSet:
 
     def __init__(self, store: ByteStore, record: LatentRecord, index: LatentIndex) -> None:
         self.store, self.record, self._index = store, record, index
-        self._forget()
+        self._lock = threading.Lock()
+        self._held: dict[int, memoryview] = {}  # rows of chunks
+        self._sized: set[int] = set()
+        self._ahead = ReadAhead(store)
 
     def __len__(self) -> int:
         return self.record.identity.count
@@ -118,11 +125,15 @@ class LatentSet:
         """Whether single examples are slow to read: from another machine, and too many to be held."""
         return not self._small and not isinstance(self.store, LocalStore)
 
-    def moments(self, indices: Sequence[int], views: Sequence[int]) -> Float[Tensor, "N 2 C H W"]:
-        """Mean and standard deviation of these examples, float32.
+    def moments(
+        self, indices: Sequence[int], views: Sequence[int], *, nearby: bool = False
+    ) -> Float[Tensor, "N 2 C H W"]:
+        """Mean and standard deviation of these examples, float32. From a store, several requests are made at a time.
 
         Args:
             views: of each: 0 = as it is, 1 = mirrored.
+            nearby: others of the same blocks will be asked for soon, as `BlockOrder` does: what is read from a store
+                is read as whole blocks, and the last of them are held.
 
         Raises:
             DataError: bytes are not those that were written, or a file is gone.
@@ -130,8 +141,28 @@ class LatentSet:
         """
         identity = self.record.identity
         rows = np.empty((len(indices), identity.view_bytes), dtype=np.uint8)
-        for row, index, view in zip(rows, indices, views, strict=True):
-            row[:] = self._posterior(index, view)
+        wanted: dict[_Posterior, list[int]] = {}
+        blocks: dict[tuple[int, int], list[_Posterior]] = {}
+        for place, (index, view) in enumerate(zip(indices, views, strict=True)):
+            if not (0 <= index < identity.count and 0 <= view < identity.views):
+                raise IndexError(f"example {index}, view {view} of {identity.count} examples with {identity.views}")
+            if (index, view) not in wanted:
+                chunk, row = divmod(index, identity.chunk_rows)
+                blocks.setdefault((chunk, row // self._block_rows * self._block_rows), []).append((index, view))
+            wanted.setdefault((index, view), []).append(place)
+
+        def fill(block: tuple[int, int]) -> None:
+            for posterior, found in zip(blocks[block], self._posteriors(*block, blocks[block], nearby), strict=True):
+                rows[wanted[posterior]] = np.frombuffer(found, dtype=np.uint8)
+
+        if self.wants_blocks and len(blocks) > 1:
+            # Threads of this call alone: a process that is forked between two calls has nothing to inherit.
+            with ThreadPoolExecutor(min(_AT_ONCE, len(blocks)), thread_name_prefix="smalti-latents") as pool:
+                for _ in pool.map(fill, blocks):
+                    pass
+        else:
+            for block in blocks:
+                fill(block)
         stored = torch.from_numpy(rows).view(torch.float16).reshape(len(indices), 2, *identity.latent_shape)
         return stored.float()
 
@@ -157,63 +188,71 @@ class LatentSet:
                 progress(number + 1, len(self.record.chunks))
         return found
 
-    def _posterior(self, index: int, view: int) -> np.ndarray:
-        identity = self.record.identity
-        if not (0 <= index < identity.count and 0 <= view < identity.views):
-            raise IndexError(f"example {index}, view {view} of {identity.count} examples with {identity.views}")
-        chunk, row = divmod(index, identity.chunk_rows)
-        first = row // self._window_rows * self._window_rows
-        window = self._window(chunk, first, min(first + self._window_rows, len(identity.rows(chunk))))
-        start = (row - first) * identity.row_bytes + view * identity.view_bytes
-        found = window[start : start + identity.view_bytes]
-        if zlib.crc32(found) != int(self._index.crc32[index, view]):
-            self._forget()
-            raise self._damaged(chunk, f"example {index} is not as it was written")
-        return np.frombuffer(found, dtype=np.uint8)
+    def _posteriors(
+        self, chunk: int, first: int, posteriors: Sequence[_Posterior], nearby: bool
+    ) -> list[bytes | memoryview]:
+        """The bytes of some posteriors of the block that begins at row `first` of a chunk."""
+        identity, file = self.record.identity, self.record.chunks[chunk]
+        width, row_bytes, rows = identity.view_bytes, identity.row_bytes, identity.rows(chunk)
+        starts = [file.offset + (index - rows.start) * row_bytes + view * width for index, view in posteriors]
+        low, high = (file.offset + row * row_bytes for row in (first, min(first + self._block_rows, len(rows))))
+        try:
+            if self._small:
+                held = self._chunk(chunk)
+                found: list[bytes | memoryview] = [held[at - file.offset :][:width] for at in starts]
+            else:
+                found = self._ranges(chunk, starts, width, (low, high) if nearby else None)
+        except MissingObjectError as error:
+            raise self._damaged(chunk, str(error)) from error
+        for (index, view), data in zip(posteriors, found, strict=True):
+            if zlib.crc32(data) != int(self._index.crc32[index, view]):
+                with self._lock:
+                    self._held.pop(chunk, None)
+                    self._sized.discard(chunk)
+                self._ahead.forget(chunk_name(chunk), low)
+                raise self._damaged(chunk, f"example {index} is not as it was written")
+        return found
 
-    @cached_property
-    def _window_rows(self) -> int:
-        """Examples that are read together: all of a chunk, one, or what is worth a request to a store."""
-        identity = self.record.identity
-        if self._small:
-            return identity.chunk_rows
-        return 1 if isinstance(self.store, LocalStore) else self._block_rows
+    def _ranges(
+        self, chunk: int, starts: Sequence[int], width: int, block: tuple[int, int] | None
+    ) -> list[bytes | memoryview]:
+        """So many bytes from each of these places of a file on, from `block` if it is to be held."""
+        name = chunk_name(chunk)
+        self._check_size(chunk)
+        if self.wants_blocks and block:
+            return [self._ahead.read(name, at, at + width, *block) for at in starts]
+        low, high = min(starts), max(starts) + width
+        if self.wants_blocks and pays(1, high - low, len(starts), len(starts) * width):
+            data = memoryview(self.store.read(name, low, high))
+            return [data[at - low :][:width] for at in starts]
+        return [self.store.read(name, at, at + width) for at in starts]
 
     @cached_property
     def _block_rows(self) -> int:
-        return max(1, _WINDOW_BYTES // self.record.identity.row_bytes)
+        return max(1, _BLOCK_BYTES // self.record.identity.row_bytes)
 
     @cached_property
     def _small(self) -> bool:
         return sum(file.bytes for file in self.record.chunks) <= HELD_BYTES
 
-    def _window(self, chunk: int, first: int, stop: int) -> memoryview:
-        """The bytes of some rows, kept if they may be wanted soon."""
-        if self._window_rows == 1:
-            return self._read(chunk, first, stop)
+    def _chunk(self, chunk: int) -> memoryview:
+        """All rows of a chunk, held from then on."""
         with self._lock:
-            if (chunk, first) in self._held:
-                self._held.move_to_end((chunk, first))
-                return self._held[chunk, first]
-        data = self._read(chunk, first, stop)
-        with self._lock:
-            self._held[chunk, first] = data
-            while sum(map(len, self._held.values())) > HELD_BYTES + _WINDOW_BYTES:
-                self._held.popitem(last=False)
-        return data
-
-    def _read(self, chunk: int, first: int, stop: int) -> memoryview:
-        name, file, width = chunk_name(chunk), self.record.chunks[chunk], self.record.identity.row_bytes
+            if chunk in self._held:
+                return self._held[chunk]
+        name, file, identity = chunk_name(chunk), self.record.chunks[chunk], self.record.identity
+        stop = file.offset + len(identity.rows(chunk)) * identity.row_bytes
         self._check_size(chunk)
-        try:
-            if self._small and isinstance(self.store, LocalStore):
-                data = self.store.read(name)
-                if hashlib.sha256(data).hexdigest() != file.sha256:
-                    raise self._damaged(chunk, "its sha256 is not the one that was written")
-                return memoryview(data)[file.offset + first * width : file.offset + stop * width]
-            return memoryview(self.store.read(name, file.offset + first * width, file.offset + stop * width))
-        except MissingObjectError as error:
-            raise self._damaged(chunk, str(error)) from error
+        if isinstance(self.store, LocalStore):
+            data = self.store.read(name)
+            if hashlib.sha256(data).hexdigest() != file.sha256:
+                raise self._damaged(chunk, "its sha256 is not the one that was written")
+            rows = memoryview(data)[file.offset : stop]
+        else:
+            rows = memoryview(self.store.read(name, file.offset, stop))
+        with self._lock:
+            self._held[chunk] = rows
+        return rows
 
     def _check_size(self, chunk: int) -> None:
         """Once for each chunk: an older or a longer file has its rows at other places."""
@@ -232,11 +271,6 @@ class LatentSet:
             f"{self.store.place}: {chunk_name(chunk)} is damaged ({reason}); delete it and run the `smalti encode` "
             "command again, or copy it again"
         )
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
-        self._sized: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LatentSet, (self.store, self.record, self._index)
@@ -285,7 +319,7 @@ class LatentExamples:
         places = [order.at(position) for position in positions]
         indices = [index for _, index in places]
         views = [key(seed, AUGMENT, epoch, index) & 1 if flip else 0 for epoch, index in places]
-        mean, std = self.latents.moments(indices, views).unbind(1)
+        mean, std = self.latents.moments(indices, views, nearby=isinstance(order, BlockOrder)).unbind(1)
         if self.posterior == "sample":
             eps = torch.empty_like(mean)
             for row, position in zip(eps, positions, strict=True):

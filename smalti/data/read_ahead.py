@@ -1,7 +1,7 @@
 """Neighbours in a file far away, fetched together: one request for many small reads that come soon after one another.
 
 It pays where the order of a run is one of blocks, and one process reads a good share of each. Nobody tells which share
-that is, so it is counted: where most of what was fetched is never asked for, single reads are made instead.
+that is, so it is counted: where single reads would have cost less than half, they are made instead.
 """
 
 import os
@@ -13,14 +13,27 @@ from typing import Any
 from smalti.storage.objects import ByteStore, MissingObjectError
 
 HELD_BYTES = 1 << 28
-_LEAST_USE = 0.25  # of the bytes fetched; below it single reads move fewer bytes than they cost in requests
+REQUEST_BYTES = 1 << 17  # what a request costs beside its own bytes: 25 ms at 80 MB/s, shared by sixteen at once
 _JUDGED_AFTER = 4  # stretches that were let go of
+
+
+def pays(stretches: int, fetched: int, reads: int, used: int) -> bool:
+    """Whether stretches cost at most twice what single reads of what was used of them would.
+
+    Requests count beside bytes: of tiny files in a tar most bytes are heads and padding, and a stretch still pays.
+
+    Args:
+        fetched: bytes of all stretches together.
+        used: bytes of all reads together.
+    """
+    return stretches * REQUEST_BYTES + fetched <= 2 * (reads * REQUEST_BYTES + used)
 
 
 @dataclass
 class _Stretch:
     data: bytes
-    used: int = 0
+    used: int
+    reads: int = 1
 
 
 class ReadAhead:
@@ -31,7 +44,7 @@ class ReadAhead:
     def __init__(self, store: ByteStore) -> None:
         self._store = store
         self._bytes = 0
-        self._let_go = self._used = self._fetched = 0  # stretches; of them, bytes that were used, and that were fetched
+        self._let_go = self._fetched = self._reads = self._used = 0  # as `pays` wants them, of stretches let go of
         self._reset()
 
     def read(self, name: str, start: int, stop: int, low: int, high: int) -> bytes:
@@ -46,9 +59,9 @@ class ReadAhead:
             held = self._held.get((name, low))
             if held is not None:
                 self._held.move_to_end((name, low))
-                held.used += stop - start
+                held.used, held.reads = held.used + stop - start, held.reads + 1
                 return held.data[start - low : stop - low]
-            alone = self._let_go >= _JUDGED_AFTER and self._used < _LEAST_USE * self._fetched
+            alone = self._let_go >= _JUDGED_AFTER and not pays(self._let_go, self._fetched, self._reads, self._used)
         if alone:
             return self._store.read(name, start, stop)
         try:
@@ -62,8 +75,8 @@ class ReadAhead:
             while self._bytes > HELD_BYTES and len(self._held) > 1:
                 _, oldest = self._held.popitem(last=False)
                 self._bytes -= len(oldest.data)
-                self._let_go, self._used = self._let_go + 1, self._used + oldest.used
-                self._fetched += len(oldest.data)
+                self._let_go, self._fetched = self._let_go + 1, self._fetched + len(oldest.data)
+                self._reads, self._used = self._reads + oldest.reads, self._used + oldest.used
         return data[start - low : stop - low]
 
     def forget(self, name: str, low: int) -> None:
@@ -74,7 +87,7 @@ class ReadAhead:
     def _reset(self) -> None:
         self._pid, self._lock = os.getpid(), threading.Lock()
         self._held: OrderedDict[tuple[str, int], _Stretch] = OrderedDict()
-        self._bytes = self._let_go = self._used = self._fetched = 0
+        self._bytes = self._let_go = self._fetched = self._reads = self._used = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ReadAhead, (self._store,)

@@ -31,6 +31,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Ranges of the files of a folder over connections that stay open, counted."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the reader to confirm its head
     folder, behaviour, requests, connections = None, "good", 0, 0
 
     def setup(self):
@@ -135,7 +136,6 @@ def loaded(web, monkeypatch, block_bytes=1 << 14):
 
 def test_in_an_order_of_blocks_an_image_costs_a_tenth_of_a_request_and_no_connection(web, monkeypatch):
     monkeypatch.setattr(read_ahead_module, "HELD_BYTES", 6 << 14)  # those of a window, and not those before
-    monkeypatch.setattr(read_ahead_module, "_LEAST_USE", 0.05)  # images so small are a tenth of their tar
     images = loaded(web, monkeypatch)
     blocks = len(images.block_starts)
     assert COUNT / 12 <= blocks <= COUNT / 6
@@ -164,6 +164,7 @@ def test_blocks_are_the_same_near_and_far_and_hold_their_images(web, monkeypatch
 
 def test_where_little_of_what_is_fetched_is_used_images_are_fetched_one_by_one(web, monkeypatch):
     monkeypatch.setattr(read_ahead_module, "HELD_BYTES", 1 << 14)
+    monkeypatch.setattr(read_ahead_module, "REQUEST_BYTES", 1 << 9)  # blocks are small too
     images = loaded(web, monkeypatch)
     asked = []
     monkeypatch.setattr(images.store, "_range", counting(images.store._range, asked))
