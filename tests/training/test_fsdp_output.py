@@ -1,4 +1,5 @@
-"""What a sharded network returns is no view: PyTorch would warn of it in every process of every run."""
+"""What no number shows of a sharded network: it returns no view, of which PyTorch would warn in every process of every
+run, and its gradients are exchanged when they should be."""
 
 import pytest
 import torch
@@ -35,3 +36,20 @@ def test_what_a_sharded_network_returns_may_be_changed_in_place(name, two_proces
     output = engine.call(torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long))
     assert output.requires_grad
     assert not output._is_view()
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_gradients_are_exchanged_after_every_part_where_whole_ones_would_take_memory_until_the_last(
+    reshard, two_processes, monkeypatch
+):
+    network = create_model("dit-emoji32", sample_size=8, **NETWORKS["dit-emoji32"])
+    config = ParallelConfig(strategy="fsdp", reshard=reshard)
+    engine = Parallel.prepare(config, two_processes, torch.device("cpu"), "fp32").trained(network)
+    exchanged, ended = [], []
+    monkeypatch.setattr(network, "set_requires_gradient_sync", exchanged.append)
+    monkeypatch.setattr(network, "set_is_last_backward", ended.append)
+    for last in (False, False, True):
+        with engine.micro_batch(last=last):
+            pass
+    assert exchanged == ([True, True, True] if reshard else [False, False, True])
+    assert ended == [False, False, True]

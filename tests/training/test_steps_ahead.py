@@ -45,3 +45,15 @@ def test_a_step_passed_over_and_a_smaller_micro_batch_give_the_batches_of_their_
                 assert torch.equal(batch.x0, exact.x0)
                 assert torch.equal(batch.eps, exact.eps)
                 assert torch.equal(batch.levels.timesteps, exact.levels.timesteps)
+
+
+def test_a_process_without_samples_left_repeats_one_of_the_same_batch_uncounted():
+    """One of another batch might be not finite, and this step would be skipped for it."""
+    step, batch_size, size = 2, 5, 3
+    shares = [parts_of(step, batch_size, World(rank, size), 1) for rank in range(size)]
+    assert {len(parts) for parts in shares} == {2}
+    batch = range(step * batch_size, (step + 1) * batch_size)
+    assert sorted(part.start for parts in shares for part in parts if part.counts) == list(batch)
+    (idle,) = [part for parts in shares for part in parts if not part.counts]
+    assert idle.start in batch
+    assert idle.size == 1
