@@ -32,10 +32,10 @@ from smalti.data.latent_record import (
     read_record,
     record_bytes,
 )
-from smalti.errors import CheckpointError, ConfigError, NumericError, PreemptedError
+from smalti.errors import CheckpointError, ConfigError, NumericError
 from smalti.latents import Codec, load_codec
 from smalti.latents.vae import rows_at_once
-from smalti.sampling.record import first_difference, seeds_text
+from smalti.sampling.record import first_difference
 from smalti.storage import filesystem
 from smalti.storage.chunks import ChunkStore, Claims, DamagedChunkError
 from smalti.storage.filesystem import FileSystem, LocalFileSystem, make_folders, require_space, storage_errors
@@ -45,7 +45,7 @@ from smalti.storage.sealed import smalti_version
 from smalti.storage.tensors import file_pieces, file_size
 from smalti.training.device import autocast_dtype, resolve_device
 from smalti.training.stop import StopRequest
-from smalti.workflows.chunk_range import read_chunk_range
+from smalti.workflows.chunk_share import heed, others_missing, read_chunk_range
 from smalti.workflows.out_folder import check_folder
 from smalti.workflows.progress import ProgressReport
 from smalti.world import World
@@ -239,10 +239,10 @@ class _Work:
             progress.continue_from(self._stored())
             while True:
                 self._make_chunks(stop, progress)
-                self._heed(stop)
+                heed(stop, self.store, self.out)
                 if missing := self.store.missing():
                     if not set(missing) & set(self.wanted):
-                        return EncodeResult(self.record, _note(self.wanted, missing, identity.chunks))
+                        return EncodeResult(self.record, others_missing(self.wanted, missing, identity.chunks))
                 elif (done := self._finish(stop, progress)) is not None:
                     return EncodeResult(done)
 
@@ -263,7 +263,7 @@ class _Work:
         moments = torch.empty(len(rows), identity.views, 2, *identity.latent_shape, dtype=torch.float16)
         done = 0
         for pixels in self._read(rows, readers):
-            self._heed(stop)
+            heed(stop, self.store, self.out)
             images = to_unit_range(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
             for view in range(identity.views):
                 found = self.codec.encode(images.flip(-1) if view else images)
@@ -325,7 +325,7 @@ class _Work:
         identity = self.record.identity
         checksums = torch.empty(identity.count, identity.views, dtype=torch.int64)
         for index in range(identity.chunks):
-            self._heed(stop)
+            heed(stop, self.store, self.out)
             moments = self.store.read(index)[MOMENTS].numpy()
             for row, views in zip(identity.rows(index), moments, strict=True):
                 checksums[row] = torch.tensor([zlib.crc32(view.tobytes()) for view in views])
@@ -341,14 +341,6 @@ class _Work:
             replace_file(self.fs, self.out / RECORD, [record_bytes(done)])
         return done
 
-    def _heed(self, stop: StopRequest) -> None:
-        if stop.received is not None:
-            chunks = self.record.identity.chunks
-            raise PreemptedError(
-                f"stopped by {stop.received.name}; {chunks - len(self.store.missing())} of {chunks} chunks are stored, "
-                f"the same command continues {self.out}"
-            )
-
     def _stored(self) -> int:
         missing = set(self.store.missing(self.wanted))
         return sum(len(self.record.identity.rows(index)) for index in self.wanted if index not in missing)
@@ -358,11 +350,3 @@ def _offset(path: Path) -> int:
     """Where the rows begin: behind the header, because the widest type of a safetensors file of ours comes first."""
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
-
-
-def _note(wanted: range, missing: list[int], chunks: int) -> str:
-    """What a process with `--chunks` says when others have not done theirs."""
-    return (
-        f"chunks {wanted.start}:{wanted.stop} are stored; of all {chunks}, {len(missing)} are missing: "
-        f"{seeds_text(missing)}. Whoever stores the last one finishes the set"
-    )

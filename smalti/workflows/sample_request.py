@@ -18,7 +18,7 @@ from smalti.sampling.record import LabelRule, ModelFacts, SampleIdentity, Sample
 from smalti.storage import filesystem
 from smalti.storage.sealed import smalti_version
 from smalti.training.device import resolve_device
-from smalti.workflows.chunk_range import read_chunk_range
+from smalti.workflows.chunk_share import read_chunk_range
 from smalti.workflows.out_folder import check_folder
 from smalti.workflows.sample import Source, load_source, parse_seeds, read_classes, require_images, sample
 from smalti.world import World

@@ -11,7 +11,7 @@ import io
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ from torch import Tensor
 from smalti.config import to_dict
 from smalti.data import to_uint8, to_unit_range
 from smalti.data.npz import write_images
-from smalti.errors import ConfigError, NumericError, PreemptedError, StorageError
+from smalti.errors import ConfigError, NumericError, StorageError
 from smalti.report.files import write_text
 from smalti.report.images import save_grid
 from smalti.sampling import SAMPLERS
-from smalti.sampling.record import RECORD, OutputFile, SampleRecord, read_record, record_bytes, seeds_text
+from smalti.sampling.record import RECORD, OutputFile, SampleRecord, read_record, record_bytes
 from smalti.storage.chunks import ChunkStore, DamagedChunkError
 from smalti.storage.filesystem import FileSystem, LocalFileSystem, storage_errors, write_file
 from smalti.storage.replacing import replace_file
 from smalti.training.stop import StopRequest
+from smalti.workflows.chunk_share import heed, others_missing
 from smalti.workflows.progress import ProgressReport
 from smalti.workflows.sample import sample
 from smalti.workflows.sample_folder import GRID, NPZ, YAML, open_store, png_name, settle
@@ -114,12 +115,12 @@ class _Work:
                 self._make_chunks(stop, progress)
                 if self._complete():
                     break
-                self._heed(stop)
+                heed(stop, self.store, self.out)
                 missing = self.store.missing()
                 if not missing:
                     self._finish(stop, progress)
                 elif not set(missing) & set(self.wanted):
-                    return SampleResult((), _note(self.wanted, missing, identity.chunks))
+                    return SampleResult((), others_missing(self.wanted, missing, identity.chunks))
         self.store.clear()
         return SampleResult(self._results())
 
@@ -143,7 +144,7 @@ class _Work:
         seeds = [self.request.seeds[row] for row in rows]
 
         def on_step(done: int, total: int, _: Any) -> None:
-            self._heed(stop)
+            heed(stop, self.store, self.out)
             if done < total:
                 progress.update(stored + len(rows) * done // total, self._detail())
 
@@ -188,7 +189,7 @@ class _Work:
             """(B, H, W, 3), chunk by chunk; the first time through, looked at as well."""
             looked = not first
             for index in range(identity.chunks):
-                self._heed(stop)
+                heed(stop, self.store, self.out)
                 stored = self.store.read(index)["images"].permute(0, 2, 3, 1).contiguous().numpy()
                 if looked:
                     pixels.update(stored.data)
@@ -266,14 +267,6 @@ class _Work:
             raise ConfigError(f"{self.out} was overwritten by another set of samples meanwhile")
         return stored.complete
 
-    def _heed(self, stop: StopRequest) -> None:
-        if stop.received is not None:
-            left = len(self.store.missing())
-            raise PreemptedError(
-                f"stopped by {stop.received.name}; {self.record.identity.chunks - left} of "
-                f"{self.record.identity.chunks} chunks are stored, the same command continues {self.out}"
-            )
-
     def _rows(self, index: int) -> range:
         size = self.record.identity.chunk_size
         return range(index * size, min((index + 1) * size, self.record.identity.count))
@@ -285,11 +278,3 @@ class _Work:
     def _detail(self) -> str:
         sampling = self.record.identity.sampling
         return f"{SAMPLERS[sampling.sampler].evaluations(sampling.num_inference_steps)} evaluations an image"
-
-
-def _note(wanted: range, missing: Sequence[int], chunks: int) -> str:
-    """What a process with `--chunks` says when others have not done theirs."""
-    return (
-        f"chunks {wanted.start}:{wanted.stop} are stored; of all {chunks}, {len(missing)} are missing: "
-        f"{seeds_text(missing)}. Whoever stores the last one writes the outputs"
-    )

@@ -3,7 +3,7 @@
 import pytest
 
 from smalti.errors import ConfigError
-from smalti.workflows.chunk_range import read_chunk_range
+from smalti.workflows.chunk_share import read_chunk_range
 
 
 def test_a_range_names_chunks_up_to_the_last_there_is():
