@@ -193,9 +193,7 @@ class NpzFile:
         at = self._members[key].header_offset
         with self.readable(), self.path.open("rb") as file:
             file.seek(at)
-            local = file.read(30)
-            if local[:4] != b"PK\3\4":
-                raise zipfile.BadZipFile("a local header is missing")
+            local = file.read(30)  # it is one: `header` has opened the array by it
             # Its name and extra field may differ in length from those in the archive's directory.
             return (
                 at + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little") + header.start

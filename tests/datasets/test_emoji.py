@@ -146,7 +146,7 @@ def test_packing_is_a_pure_function_of_the_images(packed):
     assert pack_images(np.asfortranarray(images)) == (folder / "images.npy.xz").read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "other", "pickle", "table", "version"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "other", "pickle", "table", "version", "order", "fewer"])
 def test_damaged_packed_set_is_refused(packed, damage):
     folder, images = packed
     stored = folder / "images.npy.xz"
@@ -168,9 +168,27 @@ def test_damaged_packed_set_is_refused(packed, damage):
         case "version":
             table = json.loads((folder / "items.json").read_text())
             (folder / "items.json").write_text(json.dumps(table | {"format_version": 2}))
+        case "order":
+            table = json.loads((folder / "items.json").read_text())
+            (folder / "items.json").write_text(json.dumps(table | {"columns": table["columns"][::-1]}))
+        case "fewer":
+            table = json.loads((folder / "items.json").read_text())
+            (folder / "items.json").write_text(json.dumps(table | {"items": table["items"][1:]}))
     with pytest.raises(DataError, match="build or install") as caught:
         load_packed(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("images", [np.zeros((6, 4, 5, 3), np.int16), np.zeros((6, 4, 5, 4), np.uint8)])
+def test_a_packed_set_of_other_numbers_than_pixels_is_refused_though_its_checksum_fits(packed, images):
+    folder, _ = packed
+    (folder / "images.npy.xz").unlink()
+    np.save(folder / "images.npy", images)
+    table = json.loads((folder / "items.json").read_text())
+    digest = hashlib.sha256(images.data).hexdigest()
+    (folder / "items.json").write_text(json.dumps(table | {"images_sha256": digest}))
+    with pytest.raises(DataError, match=r"expected uint8 images \(6, H, W, 3\)"):
+        load_packed(folder)
 
 
 def test_twins_share_a_split_name_across_chains():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from smalti.data.npz import open_npz_images, write_images
+from smalti.data.npz_file import NpzFile
 from smalti.errors import DataError, StorageError
 from smalti.storage.filesystem import LocalFileSystem
 from smalti.storage.process import Process
@@ -108,6 +109,20 @@ def test_a_disk_that_refuses_leaves_nothing_and_says_what_was_needed(tmp_path, f
     assert os.listdir(tmp_path) == []
 
 
+def test_a_stream_that_does_not_end_is_left_where_it_has_given_too_much(tmp_path):
+    stream = iter([pixels()] * 9)
+    with pytest.raises(DataError, match="10 images were announced, more than that came"):
+        write_images(tmp_path / "x.npz", stream, count=10, image_size=(6, 4))
+    assert len(list(stream)) == 7
+
+
+def test_images_for_which_there_is_no_room_are_not_begun(tmp_path):
+    fs = FullDisk("no room")
+    fs.free_bytes = lambda folder: 2000  # and 1,744 are needed
+    with pytest.raises(StorageError, match=r"x\.npz does not fit into .*: it needs 1,744 bytes and a fifth more"):
+        write_images(tmp_path / "x.npz", (), count=10, image_size=(6, 4), fs=fs)
+
+
 WRITER = "from smalti.storage.process import Process; print(Process.current().token, flush=True); input()"
 
 
@@ -167,11 +182,12 @@ def test_another_key_can_be_named(tmp_path):
     assert source.class_labels is None
 
 
-def test_what_is_no_label_of_each_image_is_left_out_with_a_note(tmp_path):
-    np.savez(tmp_path / "x.npz", pixels(), np.zeros(4))
+@pytest.mark.parametrize("labels", [np.zeros(10), np.zeros(4, np.int64)])
+def test_what_is_no_label_of_each_image_is_left_out_with_a_note(tmp_path, labels):
+    np.savez(tmp_path / "x.npz", pixels(), labels)
     source = open_npz_images(tmp_path / "x.npz")
     assert source.class_labels is None
-    assert source.notes == ("arr_1 is float64 (4,), no labels of 10 images; left out",)
+    assert source.notes == (f"arr_1 is {labels.dtype} {labels.shape}, no labels of 10 images; left out",)
 
 
 CHANNELS_FIRST = np.ascontiguousarray(pixels().transpose(0, 3, 1, 2))
@@ -233,20 +249,34 @@ def with_header(path, shape, data, compression=zipfile.ZIP_STORED):
         archive.writestr("arr_0.npy", header.getvalue() + data)
 
 
-@pytest.mark.parametrize("shape", [(1 << 40, 6, 4, 3), (11, 6, 4, 3), (9, 6, 4, 3), (-1, 6, 4, 3)])
+@pytest.mark.parametrize("shape", [(1 << 40, 6, 4, 3), (11, 6, 4, 3), (9, 6, 4, 3), (-1, 6, 4, 3), (-10, 6, -4, 3)])
 def test_an_array_that_claims_other_bytes_than_it_has_is_refused(tmp_path, shape):
     with_header(tmp_path / "x.npz", shape, pixels().tobytes())
     with pytest.raises(DataError, match=r"arr_0 claims to be uint8 .* and has 720; the file is damaged"):
         open_npz_images(tmp_path / "x.npz")
 
 
+def test_an_array_that_may_not_be_so_large_is_not_read(tmp_path):
+    with_header(tmp_path / "x.npz", (10, 6, 4, 3), pixels().tobytes())
+    file = NpzFile(tmp_path / "x.npz")
+    assert file.read("arr_0", limit=720).size == 720
+    with pytest.raises(DataError, match=r"arr_0 is uint8 \(10, 6, 4, 3\), 720 bytes, and at most 719 make sense"):
+        file.read("arr_0", limit=719)
+
+
 def test_an_archive_that_claims_more_than_its_bytes_can_hold_is_refused_before_room_is_made(tmp_path):
     path = tmp_path / "x.npz"
-    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    # The sizes claimed in the directory: of the array, and of what is stored of it.
+    for compression, places in (
+        (zipfile.ZIP_STORED, [24]),
+        (zipfile.ZIP_DEFLATED, [24]),
+        (zipfile.ZIP_STORED, [20, 24]),
+        (zipfile.ZIP_DEFLATED, [20, 24]),
+    ):
         with_header(path, (10, 6, 4, 3), pixels().tobytes(), compression)
         data = bytearray(path.read_bytes())
-        at = data.index(b"PK\1\2") + 24  # the size claimed in the directory
-        data[at : at + 4] = (0x7FFFFFFF).to_bytes(4, "little")
+        for at in (data.index(b"PK\1\2") + place for place in places):
+            data[at : at + 4] = (0x7FFFFFFF).to_bytes(4, "little")
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"arr_0 claims 2,147,483,647 bytes, more than its .* can hold"):
             open_npz_images(path)

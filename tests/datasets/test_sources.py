@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from bad_images import png_chunk
 from PIL import Image
 
 from smalti.data import load_image_set, split
@@ -42,6 +43,15 @@ def folder(tmp_path):
 
 
 # What comes out
+
+
+def test_images_beside_folders_of_classes_are_measured_without_classes(tmp_path):
+    for name in ("cats", "dogs"):
+        put(tmp_path / "real" / name, pixels(2, seed=len(name)))
+    assert open_images(tmp_path / "real").class_labels.tolist() == [0, 0, 1, 1]
+    put(tmp_path / "real", pixels(1, seed=9))
+    source = open_images(tmp_path / "real")
+    assert (source.count, source.class_labels) == (5, None)
 
 
 def test_a_folder_and_an_npz_of_the_same_images_give_the_same_batches(folder, tmp_path):
@@ -101,7 +111,7 @@ def test_the_sides_are_those_that_training_splits_into(tmp_path):
     assert other.name == "emoji32#validation,seed=3,fraction=0.25"
     assert open_images("emoji32#validation(seed=3,fraction=0.25)").fingerprint == other.fingerprint
     fingerprints = {open_images(spec).fingerprint for spec in ("emoji32", "emoji32#train", "emoji32#validation")}
-    assert len({*fingerprints, other.fingerprint}) == 4
+    assert len({*fingerprints, other.fingerprint, open_images("emoji32", image_size=16).fingerprint}) == 5
 
 
 def test_the_sides_of_a_folder_are_those_that_training_splits_into(tmp_path):
@@ -313,6 +323,17 @@ def test_files_that_change_or_turn_out_damaged_stop_the_measurement(folder):
     (folder / "004.png").unlink()
     with pytest.raises(DataError, match=r"'003.png': damaged: .*; restore or remove it"):
         everything(open_images(folder))
+
+
+def test_a_file_that_turns_out_to_lie_on_its_side_stops_the_measurement(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right
+    plain = (folder / "003.png").read_bytes()
+    at_the_end = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))  # its head does not say so
+    (folder / "003.png").write_bytes(plain[:-12] + at_the_end + plain[-12:])
+    source = open_images(folder)
+    with pytest.raises(DataError, match=r"'003\.png': 6 x 8 pixels, where its head says \(8, 6\); restore or remove"):
+        everything(source)
 
 
 @pytest.mark.parametrize(
