@@ -208,7 +208,6 @@ class LatentSet:
             if zlib.crc32(data) != int(self._index.crc32[index, view]):
                 with self._lock:
                     self._held.pop(chunk, None)
-                    self._sized.discard(chunk)
                 self._ahead.forget(chunk_name(chunk), low)
                 raise self._damaged(chunk, f"example {index} is not as it was written")
         return found
