@@ -200,10 +200,8 @@ class CheckpointStore:
             return [] if path is None else [int(path.name.removeprefix("step-")), path.name]
 
         fetched = together.step(lambda: None, fetch)
-        if not fetched:
-            return found
-        self.fetched = self.mirror.url
-        return self._read(together, self.folder / fetched[1], fetched[0])
+        self.fetched = self.mirror.url if fetched else ""  # asked anew after a rewind
+        return self._read(together, self.folder / fetched[1], fetched[0]) if fetched else found
 
     def load(self, step: int, *, group: "ProcessGroup | None" = None) -> StoredCheckpoint:
         """The checkpoint of one step.

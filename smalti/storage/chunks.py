@@ -43,9 +43,10 @@ class DamagedChunkError(CheckpointError):
 class Claim:
     """Held in a `with` block, or until `release`, or until the process ends."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, claims: "Claims") -> None:
         self.path = path
         self._descriptor: int | None = descriptor
+        self._claims = claims  # through which a forked child finds what to forget
 
     def release(self, *, remove: bool = False) -> None:
         """Let go. `remove` takes the file away as well, when nobody will want this claim again."""
@@ -53,6 +54,9 @@ class Claim:
             if remove:
                 with contextlib.suppress(FileNotFoundError):  # the folder may have been cleared
                     self.path.unlink()
+            with contextlib.suppress(OSError):  # where locks are not heard; closing says the same
+                # Not by closing alone: a child that was forked a moment ago may not have let go of its copy yet.
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             self.forget()
 
     def forget(self) -> None:
@@ -103,7 +107,7 @@ class Claims:
                 os.close(descriptor)
                 raise
             if current:
-                claim = Claim(path, descriptor)
+                claim = Claim(path, descriptor, self)
                 self._held.add(claim)
                 return claim
             os.close(descriptor)  # its holder removed it meanwhile; others may hold the file that has the name now

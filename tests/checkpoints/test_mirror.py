@@ -324,6 +324,8 @@ def test_a_run_with_checkpoints_of_its_own_is_given_none_of_another_run(tmp_path
     assert fresh.load_newest(pytest.fail).run_id == "a"
     assert fresh.fetched == url
     assert fresh.steps() == [10]
+    assert fresh.load_newest(pytest.fail).step == 10
+    assert fresh.fetched == ""
 
 
 def test_a_damaged_folder_and_an_unknown_place_are_refused(tmp_path, faults):

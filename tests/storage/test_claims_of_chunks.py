@@ -19,23 +19,45 @@ def store_of(folder):
     return store
 
 
-def test_a_forked_child_holds_no_claim_of_its_parent(tmp_path):
+@pytest.fixture
+def forked():
+    """Forks that live on until the test is over; each call returns when the new one runs."""
+    goes_on, over = os.pipe()
+    children = []
+
+    def fork():
+        begun, begins = os.pipe()
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.close(over)
+            os.write(begins, b"1")
+            os.read(goes_on, 1)
+            os._exit(0)
+        os.read(begun, 1)
+        os.close(begun), os.close(begins)
+
+    yield fork
+    os.close(over), os.close(goes_on)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def test_a_forked_child_holds_no_claim_of_a_parent_that_ended(tmp_path, forked):
+    claim = store_of(tmp_path).claim(0)
+    forked()
+    claim.forget()  # as the end of a process does: closed, and no word of the lock
+    with store_of(tmp_path).claim(0) as again:
+        assert again is not None
+
+
+def test_a_claim_is_free_when_it_is_let_go_also_where_a_child_has_not_come_to_forget_it(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(module, "_forget", lambda reference: None)
     store = store_of(tmp_path)
     claim = store.claim(0)
-    reads, writes = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(writes)
-        os.read(reads, 1)  # until the parent is done
-        os._exit(0)
-    try:
-        claim.release()
-        with store_of(tmp_path).claim(0) as again:
-            assert again is not None
-    finally:
-        os.close(writes)
-        os.close(reads)
-        os.waitpid(child, 0)
+    forked()
+    claim.release()
+    with store_of(tmp_path).claim(0) as again:
+        assert again is not None
 
 
 def test_a_chunk_that_its_maker_finished_between_two_looks_is_not_claimed_again(tmp_path, monkeypatch):
