@@ -311,9 +311,14 @@ def _save_and_load(run: Run, state: TrainState, folder: Path) -> float:
     stored = store.load_newest(on_skip=lambda reason: None)
     if stored is None:
         raise CheckpointError(f"the checkpoint just written to {folder} cannot be read; look at the disk")
-    state.restore(stored)
-    if _digest(state) != before:
-        raise CheckpointError(f"a checkpoint read from {folder} is not what was written; look at the disk")
+
+    def read() -> None:
+        state.restore(stored)
+        if _digest(state) != before:
+            raise CheckpointError(f"a checkpoint read from {folder} is not what was written; look at the disk")
+
+    # Together: the first process takes the folder away, and each reads its own part at its own pace.
+    Together(run.world).step(read, lambda answers: None)
     return seconds
 
 
