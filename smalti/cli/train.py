@@ -8,7 +8,7 @@ import tyro
 from smalti.errors import PreemptedError
 from smalti.training.config import RunConfig
 from smalti.workflows.dry_run import dry_run
-from smalti.workflows.recipes import load_settings
+from smalti.workflows.recipes import load_settings, told_of_data
 from smalti.workflows.train import train
 from smalti.world import World
 
@@ -34,6 +34,10 @@ class Train:
         return cls(load_settings(path))
 
     def run(self) -> None:
+        with told_of_data(self.config):
+            self._run()
+
+    def _run(self) -> None:
         if self.dry_run:
             dry_run(self.config, lambda line: print(line, flush=True), steal=self.steal)
             return

@@ -6,6 +6,7 @@ A recipe is a YAML file of the package: what it trains on, what differs from its
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from smalti.config import did_you_mean, from_dict
-from smalti.errors import ConfigError
+from smalti.errors import ConfigError, DataError
 from smalti.models import BackboneConfig
 from smalti.presets import parse_overrides, preset_config
 from smalti.training.config import RunConfig
@@ -96,6 +97,22 @@ def load_settings(where: str) -> RunConfig:
     if _plain(where) not in recipe_names() and (path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1):
         raise ConfigError(f"{where} does not exist; give the path of a YAML file with settings, or a recipe's name")
     return find_recipe(where).config
+
+
+@contextmanager
+def told_of_data(config: RunConfig) -> Iterator[None]:
+    """Where the data of a recipe are not there, the error says how they are made."""
+    try:
+        yield
+    except DataError as error:
+        path = config.data.path
+        using = [recipe for recipe in map(find_recipe, recipe_names()) if recipe.config.data.path == path]
+        if not using or Path(path).exists():
+            raise
+        name = next((recipe.name for recipe in using if recipe.config.model == config.model), using[0].name)
+        raise DataError(
+            f"{error}; `smalti recipes {name}` says how its data are made, and --data.path where they are instead"
+        ) from error
 
 
 def _plain(name: str) -> str:

@@ -231,6 +231,22 @@ def test_the_command_lists_recipes_and_prints_one(capsys):
         list(recipe_lines("nothing*"))
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_recipe_whose_data_are_missing_says_how_they_are_made(more, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", "udit-b-imagenet256", "--device", "cpu", *more]) == 65
+    said = capsys.readouterr().err
+    assert "'latents/imagenet256' is neither an image set" in said
+    assert "`smalti recipes udit-b-imagenet256` says how its data are made" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_no_recipe_names_are_not_told_of_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", "udit-b-imagenet256", "--data.path", "elsewhere", "--device", "cpu"]) == 65
+    assert "smalti recipes" not in capsys.readouterr().err
+
+
 def test_the_recipes_are_in_the_package_that_is_installed():
     """Hatch takes what lies in the folder and git does not ignore."""
     import tomllib
