@@ -43,9 +43,12 @@ class ReadAhead:
 
     def __init__(self, store: ByteStore) -> None:
         self._store = store
-        self._bytes = 0
-        self._let_go = self._fetched = self._reads = self._used = 0  # as `pays` wants them, of stretches let go of
         self._reset()
+
+    def _reset(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._held: OrderedDict[tuple[str, int], _Stretch] = OrderedDict()
+        self._let_go = self._fetched = self._reads = self._used = 0  # as `pays` wants them, of stretches let go of
 
     def read(self, name: str, start: int, stop: int, low: int, high: int) -> bytes:
         """Bytes `start` to `stop` of a file, inside the stretch from `low` to `high` that may be fetched for them.
@@ -71,10 +74,10 @@ class ReadAhead:
             return self._store.read(name, start, stop)
         with self._lock:
             self._held[name, low] = _Stretch(data, stop - start)
-            self._bytes = sum(len(stretch.data) for stretch in self._held.values())
-            while self._bytes > HELD_BYTES and len(self._held) > 1:
+            size = sum(len(stretch.data) for stretch in self._held.values())
+            while size > HELD_BYTES and len(self._held) > 1:
                 _, oldest = self._held.popitem(last=False)
-                self._bytes -= len(oldest.data)
+                size -= len(oldest.data)
                 self._let_go, self._fetched = self._let_go + 1, self._fetched + len(oldest.data)
                 self._reads, self._used = self._reads + oldest.reads, self._used + oldest.used
         return data[start - low : stop - low]
@@ -83,11 +86,6 @@ class ReadAhead:
         """Fetch a stretch anew when it is asked for again: what came was not what it should be."""
         with self._lock:
             self._held.pop((name, low), None)
-
-    def _reset(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
-        self._held: OrderedDict[tuple[str, int], _Stretch] = OrderedDict()
-        self._bytes = self._let_go = self._fetched = self._reads = self._used = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ReadAhead, (self._store,)
